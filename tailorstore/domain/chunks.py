@@ -1,0 +1,83 @@
+"""Geometry of chunks: which elements of a tensor lie in which chunk. Pure arithmetic.
+
+Chunk shapes are chosen (``storage.documents.choose_chunks``) so that a chunk of a contiguous tensor is one contiguous
+run of memory: leading dimensions of extent 1, then one that is cut, then whole ones.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Box = tuple[tuple[int, int], ...]
+"""Half-open (start, stop) for each dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One chunk of an array's regular grid."""
+
+    number: int
+    """Position in C order of the grid: index into an array record's digests and sizes."""
+    index: tuple[int, ...]
+    """Position in the grid, as the chunk key spells it."""
+    box: Box
+    """The elements it holds, clipped to the array."""
+    offset: int
+    """Elements of the contiguous array that come before it."""
+    elements: int
+    """Elements it holds, padding left out."""
+    capacity: int
+    """Elements its object holds, padding included."""
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index expression."""
+        return tuple(slice(start, stop) for start, stop in self.box)
+
+
+def grid_of(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many chunks there are along each dimension; () for a scalar.
+
+    Examples:
+        >>> grid_of((5, 4), (2, 4)), grid_of((), ()), grid_of((0, 4), (1, 4))
+        ((3, 1), (), (0, 1))
+    """
+    return tuple(-(-size // step) for size, step in zip(shape, chunk_shape, strict=True))
+
+
+def chunks_of(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Iterator[Chunk]:
+    """Yield every chunk in C order; none for an array without elements, one for a scalar."""
+    return chunks_in(tuple((0, size) for size in shape), shape, chunk_shape)
+
+
+def chunks_in(box: Box, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Iterator[Chunk]:
+    """Yield the chunks that share elements with ``box``, in C order."""
+    grid = grid_of(shape, chunk_shape)
+    grid_strides = _strides(grid)
+    strides = _strides(shape)
+    capacity = math.prod(chunk_shape)
+    ranges = [
+        range(start // step, -(-stop // step)) if stop > start else range(0)
+        for (start, stop), step in zip(box, chunk_shape, strict=True)
+    ]
+    for index in itertools.product(*ranges):
+        clipped = tuple(
+            (at * step, min((at + 1) * step, size))
+            for at, step, size in zip(index, chunk_shape, shape, strict=True)
+        )
+        yield Chunk(
+            number=sum(at * stride for at, stride in zip(index, grid_strides, strict=True)),
+            index=index,
+            box=clipped,
+            offset=sum(start * stride for (start, _), stride in zip(clipped, strides, strict=True)),
+            elements=math.prod(stop - start for start, stop in clipped),
+            capacity=capacity,
+        )
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
+    return tuple(strides)

@@ -1,0 +1,116 @@
+"""Masks: which layers a commit writes, and how. Pure functions over layer names."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol, runtime_checkable
+
+from tailorstore.domain.errors import MaskError
+from tailorstore.domain.records import EXTRA_LAYER, Fidelity
+
+MaskValue = bool | Fidelity
+MaskEntries = Mapping[str, MaskValue] | Iterable[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """What a strategy knows of one layer before a byte is copied."""
+
+    name: str
+    bytes_logical: int
+    source_step: int | None
+    """Step of the newest version on the branch; ``None`` where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskContext:
+    """What a strategy decides upon."""
+
+    branch: str
+    step: int
+    layers: Mapping[str, LayerState]
+    """Every layer of the model, in the model's order, ``@extra`` left out."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Layers that hold nothing but tied tensors → the layer that stores these; a mask may use either name."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """An object that chooses a mask for each commit."""
+
+    def select(self, context: MaskContext) -> MaskEntries:
+        """Return a mask for this commit: layer names or globs, or a mapping of them to values."""
+        ...
+
+
+Mask = None | MaskEntries | Strategy
+
+
+def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
+    """Return the layers to write and how.
+
+    ``None`` means all. Names and globs may be mixed; in a mapping an exact name counts more than a glob, and of
+    several globs the later one.
+
+    Raises:
+        MaskError: an unknown layer, a glob that matches none, or a value that is none of True, "full", False.
+    """
+    if isinstance(mask, Strategy):
+        mask = mask.select(context)
+    if mask is None:
+        return dict.fromkeys(context.layers, "full")
+    if isinstance(mask, str):
+        mask = [mask]
+    entries = mask if isinstance(mask, Mapping) else dict.fromkeys(_names(mask), True)
+    chosen: dict[str, Fidelity | None] = {}
+    # Globs first and exact names after them, so that the more precise entry has the last word.
+    for name, value in sorted(entries.items(), key=lambda item: item[0] in context.layers):
+        fidelity = _fidelity(name, value)
+        for layer in _matches(name, context):
+            chosen[layer] = fidelity
+    return {layer: fidelity for layer in context.layers if (fidelity := chosen.get(layer)) is not None}
+
+
+def _names(mask: object) -> list[str]:
+    if not isinstance(mask, Iterable):
+        msg = f"a mask is None, layer names or globs, a mapping of them, or a strategy; not {type(mask).__name__}"
+        raise MaskError(msg)
+    names = list(mask)
+    for name in names:
+        if not isinstance(name, str):
+            msg = f"a mask holds layer names, but {name!r} is a {type(name).__name__}"
+            raise MaskError(msg)
+    return names
+
+
+def _fidelity(name: str, value: object) -> Fidelity | None:
+    if value is True or value == "full":
+        return "full"
+    if value is False:
+        return None
+    if value == "light":
+        msg = f"mask asks for a light version of {name!r}; this version of tailorstore writes full versions only"
+        raise MaskError(msg)
+    msg = f"mask value of {name!r} is {value!r}; use True or 'full' to write the layer, False to leave it"
+    raise MaskError(msg)
+
+
+def _matches(name: str, context: MaskContext) -> list[str]:
+    if name in context.layers:
+        return [name]
+    if name in context.tied:
+        return [context.tied[name]]
+    if name == EXTRA_LAYER:
+        msg = f"{EXTRA_LAYER} is written by every commit; leave it out of the mask"
+        raise MaskError(msg)
+    if any(char in name for char in "*?["):
+        found = [layer for layer in context.layers if fnmatchcase(layer, name)]
+        found += [context.tied[layer] for layer in context.tied if fnmatchcase(layer, name)]
+        if found:
+            return found
+        msg = f"mask pattern {name!r} matches no layer at step {context.step} on {context.branch!r}"
+    else:
+        msg = f"mask names an unknown layer {name!r} at step {context.step} on {context.branch!r}"
+    near = difflib.get_close_matches(name, context.layers, n=3, cutoff=0.3)
+    raise MaskError(msg + (f"; nearest: {', '.join(map(repr, near))}" if near else "; the model has no layers"))

@@ -1,0 +1,320 @@
+"""Frozen records that travel between the floors. Pure data; units stand last in the names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+Fidelity = Literal["full", "light"]
+
+EXTRA_LAYER = "@extra"
+"""The pseudo-layer that every commit writes: param groups, RNG states, the caller's own state."""
+
+DEFAULT_GRACE = timedelta(hours=24)
+"""How long an object that nothing refers to is left alone: longer than any sane save or restore takes."""
+
+DEFAULT_LEASE = timedelta(minutes=5)
+"""How long a writer's or reader's claim lives when it is not renewed; it is renewed three times as often."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerVersion:
+    """The bytes of one layer as of one step, as the catalog knows them."""
+
+    layer: str
+    """Name of the layer as derived from the model, unescaped."""
+    version_id: str
+    """Id of the commit that wrote it: a commit writes at most one version of each layer."""
+    step: int
+    """Source step."""
+    digest: str
+    """Content digest, ``xxh3-128:`` and 32 hex digits; equal content has equal digests."""
+    bytes_logical: int
+    """Size of the tensors, before codecs."""
+    bytes_stored: int
+    """Size of all its objects in storage."""
+    objects: int
+    """How many objects it has."""
+    fidelity: Fidelity = "full"
+    base_id: str | None = None
+    """For a light version: the version id of the full version it is a difference to."""
+    error: float | None = None
+    """For a light version: its measured relative error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One published commit, as ``log`` shows it."""
+
+    id: str
+    step: int
+    branch: str
+    """The branch that it was committed on."""
+    parent: str | None
+    """Id of the commit that was the head before; it may have been expired since."""
+    created_at: datetime
+    """UTC, by the catalog's clock."""
+    message: str | None
+    metrics: Mapping[str, float]
+    """The caller's numbers; NaN and infinities are kept, and never count as best."""
+    layers_written: tuple[str, ...]
+    """Layers of which this commit stored a new version, sorted, without ``@extra``."""
+    bytes_written: int
+    """Bytes of layer versions put into storage by this commit: tensors, documents and ``@extra``."""
+    bytes_logical: int
+    """Bytes that a full save of the same state would hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDraft:
+    """A commit that is about to be published: what ``catalog.publish`` needs beside the versions."""
+
+    id: str
+    step: int
+    branch: str
+    parent: str | None
+    message: str | None
+    metrics: Mapping[str, float]
+    bytes_logical: int
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A commit's full map from layer to layer version: a view, never bytes."""
+
+    commit: Commit
+    versions: Mapping[str, LayerVersion]
+    """Every layer of the composite, ``@extra`` included, in sorted order."""
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Source step of every layer."""
+        return {name: version.step for name, version in self.versions.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Which catalog a root belongs to; stands in ``tailorstore.json`` and in the catalog."""
+
+    store_id: str
+    catalog_id: str
+    epoch: int
+    """Grows by one at each take-over, so that the catalog that lost the root can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefRecord:
+    """A change of a tag or branch, kept in the root so that a lost catalog can be rebuilt."""
+
+    id: str
+    kind: Literal["tag", "branch"]
+    name: str
+    commit: str | None
+    """Id of the commit the name points to from now on; ``None``: the name is gone."""
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class CommitManifest:
+    """All of one commit, as it stands in the root: what a catalog is rebuilt from."""
+
+    binding: Binding
+    commit: Commit
+    versions: Mapping[str, LayerVersion]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A tag or a branch, as ``tags()`` and ``branches()`` show them."""
+
+    name: str
+    commit: str | None
+    """Id of the commit; ``None`` for a branch that has no commit yet."""
+    step: int | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of the newest composite of a branch, as ``store.layers()`` shows it."""
+
+    name: str
+    source_step: int
+    staleness: int
+    """Steps between the composite's step and the source step."""
+    fidelity: Fidelity
+    version_id: str
+    bytes_logical: int
+    bytes_stored: int
+    versions: int
+    """How many versions of the layer the store holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Counts and sizes of a store, from the catalog alone."""
+
+    commits: int
+    branches: int
+    tags: int
+    layers: int
+    versions: int
+    versions_doomed: int
+    """Versions that lost their standing and wait for the grace period to end."""
+    bytes_logical: int
+    """What full saves at every published commit would hold."""
+    bytes_stored: int
+    """What the live versions take."""
+    bytes_doomed: int
+    """What the next sweeps will free."""
+    leases: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What dropping commits from the catalog did, or, as a preview, would do."""
+
+    commits: tuple[Commit, ...]
+    """Dropped commits; those that a branch, tag or lease protects are not among them."""
+    versions_doomed: int
+    """Versions that no remaining commit needs."""
+    bytes_doomed: int
+    """What these take in storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiffEntry:
+    """How one layer differs between two composites."""
+
+    layer: str
+    change: Literal["same", "changed", "added", "removed"]
+    """``same``: equal content, whatever the source steps."""
+    step_a: int | None
+    step_b: int | None
+    bytes_logical: int
+    """Size of the layer in the later composite that has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDiff:
+    """What changed from one commit to another, layer by layer. No tensor bytes are read."""
+
+    a: Commit
+    b: Commit
+    entries: tuple[DiffEntry, ...]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the layers whose content differs."""
+        return tuple(entry.layer for entry in self.entries if entry.change != "same")
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a GC run did, or, dry, would do."""
+
+    dry_run: bool
+    kept: Mapping[str, tuple[str, ...]]
+    """Commit id to the reasons it is kept, for every kept commit."""
+    expired: tuple[Commit, ...]
+    """Commits dropped from the catalog."""
+    versions_doomed: int
+    """Versions that nothing refers to any more; swept once the grace period is over."""
+    bytes_doomed: int
+    versions_swept: int
+    """Doomed versions whose objects were deleted."""
+    leftovers_swept: int
+    """Unpublished versions and documents of crashed commits that were deleted."""
+    objects_deleted: int
+    bytes_freed: int
+    deletes_failed: int
+    """Left for the next run; never fatal."""
+    grace: timedelta
+
+    @property
+    def bytes_to_free(self) -> int:
+        """Bytes that this plan frees now or after the grace period."""
+        return self.bytes_doomed + self.bytes_freed
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that ``verify`` found wrong."""
+
+    kind: Literal["missing", "short", "flipped", "document"]
+    layer: str
+    step: int
+    key: str
+    detail: str
+    commits: tuple[str, ...] = ()
+    """Ids of the commits whose composites hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What ``verify`` read and what it found."""
+
+    versions: int
+    objects: int
+    bytes_read: int
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.damages
+
+
+@dataclass(frozen=True, slots=True)
+class RebuildReport:
+    """What a take-over found in the root."""
+
+    commits: int
+    versions: int
+    branches: tuple[str, ...]
+    tags: tuple[str, ...]
+    unplaced: tuple[str, ...] = ()
+    """Ids of commits that lost a race or were never published, and whose manifest was left behind."""
+    unreadable: tuple[str, ...] = ()
+    """Keys of documents that could not be understood."""
+    epoch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """How one tensor is laid out as a Zarr array."""
+
+    dtype: str
+    """Name of the torch dtype without its module: ``float32``, ``bfloat16``, ``float8_e4m3fn``, …"""
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    """Regular chunk grid; edge chunks are padded with zeros to full size, as Zarr asks."""
+    codec: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayRecord:
+    """One stored array: its layout and the digests of its chunks."""
+
+    path: str
+    """Key below the layer version's prefix, escaped."""
+    spec: ArraySpec
+    digests: tuple[str, ...]
+    """XXH3-128 of each chunk's elements (padding left out), in C order of the chunk grid; 32 hex digits each."""
+    sizes: tuple[int, ...]
+    """Size in bytes of each chunk's object."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDocument:
+    """Everything about one layer version that is not an array element: lives in its group's ``zarr.json``."""
+
+    layer: str
+    version_id: str
+    step: int
+    content: Mapping[str, Any]
+    """JSON skeleton of the layer's state; ``{"$array": path}`` stands where an array goes."""
+    arrays: Mapping[str, ArrayRecord] = field(default_factory=dict)
+    """By path."""
+    fidelity: Fidelity = "full"
+    base_id: str | None = None
