@@ -1,0 +1,157 @@
+"""Looking back: heads, logs, composites, layers and sizes. Nothing here changes anything."""
+
+from collections.abc import Iterator
+
+from sqlalchemy import ColumnElement, Connection, Table, func, select
+
+from tailorstore.catalog.scope import AnyRow, Scope, to_commit
+from tailorstore.catalog.tables import branches, commits, composites, layers, leases, tags, versions
+from tailorstore.domain.errors import RefNotFoundError
+from tailorstore.domain.records import Commit, Composite, LayerInfo, LayerVersion, StoreStats
+
+_PAGE = 2000
+"""Versions read in one transaction when all are streamed."""
+
+
+class History(Scope):
+    """The looker's verbs. All raise CatalogUnavailableError where the database does not answer."""
+
+    def head(self, branch: str) -> Commit | None:
+        """Return the newest commit of a branch; None if it has none."""
+        row = self._read(lambda connection: self._head_row(connection, branch))
+        return None if row is None else to_commit(row)
+
+    def log(self, branch: str, limit: int | None = None) -> list[Commit]:
+        """Return a branch's commits, newest first, and no more than ``limit``.
+
+        Raises:
+            BranchNotFoundError: the branch does not exist or has no commits; the message has those that do.
+        """
+
+        def work(connection: Connection) -> list[AnyRow]:
+            found: list[AnyRow] = []
+            # Line by line, each by its index from the end: the cost is that of the commits shown.
+            for line_pk, bound in self._runs(connection, branch):
+                left = None if limit is None else limit - len(found)
+                if left == 0:
+                    break
+                run = self._commits().where(commits.c.line_pk == line_pk, commits.c.step <= bound)
+                found.extend(connection.execute(run.order_by(commits.c.step.desc()).limit(left)))
+            if not found and limit != 0:
+                raise self._no_branch(connection, branch)
+            return found
+
+        return [to_commit(row) for row in self._read(work)]
+
+    def composite(self, commit_id: str) -> Composite:
+        """Return a commit's full map.
+
+        Raises:
+            RefNotFoundError: there is no such commit.
+        """
+
+        def work(connection: Connection) -> Composite:
+            row = self._commit_row(connection, commit_id)
+            if row is None:
+                msg = f"no commit {commit_id}"
+                raise RefNotFoundError(msg)
+            return self._composite(connection, row)
+
+        return self._read(work)
+
+    def layers(self, commit_id: str) -> list[LayerInfo]:
+        """Return the layers of a commit's composite, by name, with how many versions of each the store holds.
+
+        Raises:
+            RefNotFoundError: there is no such commit.
+        """
+        composite = self.composite(commit_id)
+        counted = (
+            select(layers.c.name, func.count())
+            .join(versions, versions.c.layer_pk == layers.c.pk)
+            .where(layers.c.store_pk == self._pk, versions.c.doomed_at.is_(None))
+            .group_by(layers.c.name)
+        )
+        held: dict[str, int] = dict(self._read(lambda connection: connection.execute(counted).all()))
+        return [
+            LayerInfo(
+                name=version.layer,
+                source_step=version.step,
+                staleness=composite.commit.step - version.step,
+                fidelity=version.fidelity,
+                version_id=version.version_id,
+                bytes_logical=version.bytes_logical,
+                bytes_stored=version.bytes_stored,
+                versions=held.get(version.layer, 0),
+            )
+            for version in composite.versions.values()
+        ]
+
+    def stats(self) -> StoreStats:
+        """Return counts and sizes."""
+
+        def work(connection: Connection) -> StoreStats:
+            def count(table: Table, *where: ColumnElement[bool]) -> int:
+                mine = select(func.count()).select_from(table).where(table.c.store_pk == self._pk, *where)
+                return connection.scalar(mine) or 0
+
+            now = self._database.now(connection)
+            logical = select(func.sum(commits.c.bytes_logical)).where(commits.c.store_pk == self._pk)
+            by_standing = (
+                select(versions.c.doomed_at.is_(None), func.count(), func.sum(versions.c.bytes_stored))
+                .join(layers, layers.c.pk == versions.c.layer_pk)
+                .where(layers.c.store_pk == self._pk)
+                .group_by(versions.c.doomed_at.is_(None))
+            )
+            sums = {bool(alive): (rows, int(stored)) for alive, rows, stored in connection.execute(by_standing)}
+            alive_count, alive_bytes = sums.get(True, (0, 0))
+            doomed_count, doomed_bytes = sums.get(False, (0, 0))
+            return StoreStats(
+                commits=count(commits),
+                branches=count(branches),
+                tags=count(tags),
+                layers=count(layers),
+                versions=alive_count,
+                versions_doomed=doomed_count,
+                bytes_logical=int(connection.scalar(logical) or 0),
+                bytes_stored=alive_bytes,
+                bytes_doomed=doomed_bytes,
+                leases=count(leases, leases.c.expires_at > now),
+            )
+
+        return self._read(work)
+
+    def commits_holding(self, layer: str, version_id: str) -> list[Commit]:
+        """Return the commits whose composites hold a layer version, by step."""
+        held = (
+            self._commits()
+            .join(composites, composites.c.commit_pk == commits.c.pk)
+            .join(versions, versions.c.pk == composites.c.version_pk)
+            .join(layers, layers.c.pk == versions.c.layer_pk)
+            .where(versions.c.version_id == version_id, layers.c.store_pk == self._pk, layers.c.name == layer)
+            .order_by(commits.c.step, commits.c.pk)
+        )
+        return [to_commit(row) for row in self._read(lambda connection: connection.execute(held).all())]
+
+    def live_versions(self) -> Iterator[LayerVersion]:
+        """Yield all layer versions that have not lost their standing, oldest first.
+
+        Read in pages, each as of its own moment: what is published meanwhile comes too, and what is expired
+        meanwhile may have come already.
+        """
+        after = 0
+        while True:
+            page, after = self._read(lambda connection, start=after: self._page(connection, start))  # type: ignore[misc]
+            yield from page
+            if len(page) < _PAGE:
+                return
+
+    def _page(self, connection: Connection, after: int) -> tuple[list[LayerVersion], int]:
+        alive = (
+            self._versions()
+            .add_columns(versions.c.pk.label("key"))
+            .join(layers, layers.c.pk == versions.c.layer_pk)
+            .where(layers.c.store_pk == self._pk, versions.c.pk > after, versions.c.doomed_at.is_(None))
+        )
+        rows = connection.execute(alive.order_by(versions.c.pk).limit(_PAGE)).all()
+        return self._to_versions(connection, rows), rows[-1].key if rows else after
