@@ -1,0 +1,107 @@
+"""Codecs: what may happen to a chunk's bytes on their way to storage, as Zarr's codec chain says it too.
+
+All of them are lossless. Compression is numcodecs' Blosc, which holds no global state of ours and works outside of
+Python's lock, so threads may encode and decode side by side.
+"""
+
+import struct
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError
+from tailorstore.storage.transport import flat_bytes
+
+if TYPE_CHECKING:
+    from numcodecs.blosc import Blosc  # type: ignore[import-untyped]
+    from typing_extensions import Buffer
+
+CODECS = ("none", "lz4", "zstd")
+"""``lz4``: 1 GB/s on one core, a fifth to a tenth off training state; ``zstd``: a little more off at 0.4 GB/s."""
+
+_BLOSC: Mapping[str, Literal["lz4", "zstd"]] = {"lz4": "lz4", "zstd": "zstd"}
+_LEVEL = 1
+_HEADER = struct.Struct("<BBBBIII")
+"""Blosc's: version, its codec's version, flags, type size, then decoded, block and encoded size."""
+
+
+def zarr_compressors(codec: str, itemsize: int) -> list[Any]:
+    """Return what zarr-python calls the compressors of a codec.
+
+    Raises:
+        CorruptDocumentError: no codec of that name.
+    """
+    if codec == "none":
+        return []
+    name = _check(codec)
+    from zarr.codecs import BloscCodec
+
+    return [BloscCodec(cname=name, clevel=_LEVEL, shuffle="bitshuffle", typesize=itemsize, blocksize=0)]
+
+
+def encode(codec: str, itemsize: int, data: "Buffer") -> memoryview:
+    """Return the bytes of a chunk's object.
+
+    Args:
+        codec: a member of :data:`CODECS`.
+        itemsize: bytes of one element: bits of like meaning are brought together before compressing.
+        data: the chunk, contiguous; returned itself when the codec is ``none``.
+
+    Raises:
+        CorruptDocumentError: no codec of that name.
+    """
+    view = flat_bytes(data)
+    if codec == "none":
+        return view
+    _check(codec)
+    return memoryview(_blosc(codec, itemsize).encode(view))
+
+
+def decode(codec: str, itemsize: int, encoded: "Buffer", target: memoryview) -> None:
+    """Decode a chunk's object into memory of the size that the documents say.
+
+    Nothing is allocated by what the object claims: its header is checked against ``target`` first.
+
+    Raises:
+        DigestMismatchError: it does not decode to ``len(target)`` bytes; ``target`` may hold some of it.
+        CorruptDocumentError: no codec of that name.
+    """
+    view = flat_bytes(encoded)
+    if codec == "none":
+        if view.nbytes != target.nbytes:
+            msg = f"the chunk has {view.nbytes} bytes, not {target.nbytes}"
+            raise DigestMismatchError(msg)
+        target[:] = view
+        return
+    _check(codec)
+    if view.nbytes < _HEADER.size:
+        msg = f"the compressed chunk has only {view.nbytes} bytes, less than its header"
+        raise DigestMismatchError(msg)
+    _, _, _, _, decoded, _, stored = _HEADER.unpack_from(view)
+    if decoded != target.nbytes or stored != view.nbytes:
+        msg = (
+            f"the compressed chunk says that it holds {decoded} bytes in {stored}; it should be {target.nbytes} "
+            f"in {view.nbytes}"
+        )
+        raise DigestMismatchError(msg)
+    if not decoded:
+        return
+    try:
+        _blosc(codec, itemsize).decode(view, out=target)
+    except (RuntimeError, ValueError) as error:
+        msg = f"the compressed chunk cannot be decoded ({error})"
+        raise DigestMismatchError(msg) from error
+
+
+def _check(codec: str) -> Literal["lz4", "zstd"]:
+    if codec in _BLOSC:
+        return _BLOSC[codec]
+    msg = f"unknown codec {codec!r}; this version of tailorstore knows {', '.join(CODECS)}"
+    raise CorruptDocumentError(msg)
+
+
+@cache
+def _blosc(codec: str, itemsize: int) -> "Blosc":
+    from numcodecs.blosc import Blosc
+
+    return Blosc(cname=codec, clevel=_LEVEL, shuffle=Blosc.BITSHUFFLE, blocksize=0, typesize=itemsize)

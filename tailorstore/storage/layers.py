@@ -1,0 +1,302 @@
+"""One layer version ↔ one Zarr group: chunks, documents and their digests.
+
+The digest of a layer covers its skeleton and, through the digests of the chunks, every element. The catalog keeps it,
+so whoever reads a document can tell that it is the one that was published, and whoever reads a chunk that it is the
+one that the document means.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from tailorstore.domain.chunks import Chunk, chunks_of, grid_of
+from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, FormatTooNewError, MissingObjectError
+from tailorstore.domain.names import version_prefix
+from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument, LayerVersion
+from tailorstore.storage import codecs
+from tailorstore.storage.documents import array_document, chunk_key, group_document
+from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.transport import Objects
+
+FORMAT = 1
+GROUP_DOCUMENT = "zarr.json"
+ATTRIBUTE = "tailorstore"
+MAX_DOCUMENT_BYTES = 256 << 20
+"""A document larger than this is not one of ours; reading stops before its JSON is parsed."""
+
+Hasher = xxhash.xxh3_128
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """What writing a chunk gave."""
+
+    digest: str
+    size: int
+    """Bytes of its object."""
+
+
+def canonical_json(value: Any) -> bytes:  # noqa: ANN401
+    """Return JSON of which there is only one form, so that equal values have equal digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def layer_digest(content: Mapping[str, Any], arrays: Mapping[str, ArrayRecord]) -> str:
+    """Return the content digest of a layer: independent of version, step, codec and who wrote it."""
+    described = {
+        path: [record.spec.dtype, record.spec.shape, record.spec.chunk_shape, record.digests]
+        for path, record in arrays.items()
+    }
+    return "xxh3-128:" + Hasher(canonical_json({"content": content, "arrays": described})).hexdigest()
+
+
+def chunk_digest(data: memoryview) -> str:
+    """Return the digest of a chunk's elements."""
+    return Hasher(data).hexdigest()
+
+
+def object_key(prefix: str, path: str, spec: ArraySpec, chunk: Chunk) -> str:
+    """Return the key of a chunk's object."""
+    return f"{prefix}{path}/{chunk_key(spec, chunk.index)}"
+
+
+def write_chunk(
+    objects: Objects, key: str, spec: ArraySpec, chunk: Chunk, data: memoryview, digest: str | None = None
+) -> StoredChunk:
+    """Write one chunk and return its digest and size.
+
+    Args:
+        objects: the root.
+        key: from :func:`object_key`.
+        spec: layout of the array.
+        chunk: which chunk.
+        data: its elements in C order, padding left out.
+        digest: the elements' digest where it is known already; else it is taken as the bytes pass.
+
+    Raises:
+        StorageUnavailableError, StorageFullError, AccessDeniedError: an unsealed object may remain; GC sweeps it.
+    """
+    padding = (chunk.capacity - chunk.elements) * itemsize(spec.dtype)
+    if spec.codec == "none" and not padding:
+        hasher = Hasher() if digest is None else None
+        size = objects.put(key, data, hasher.update if hasher else None)
+        return StoredChunk(digest or hasher.hexdigest(), size)  # type: ignore[union-attr]
+    digest = digest or chunk_digest(data)
+    padded = memoryview(b"".join((data, bytes(padding)))) if padding else data
+    encoded = codecs.encode(spec.codec, itemsize(spec.dtype), padded)
+    return StoredChunk(digest, objects.put(key, encoded))
+
+
+def read_chunk(
+    objects: Objects, key: str, record: ArrayRecord, chunk: Chunk, target: memoryview, where: Callable[[], str]
+) -> None:
+    """Fill ``target`` with one chunk's elements, checked against its digest.
+
+    Args:
+        objects: the root.
+        key: from :func:`object_key`.
+        record: layout, digests and sizes of the array.
+        chunk: which chunk.
+        target: writable flat bytes, as many as the chunk has elements, padding left out.
+        where: says whose chunk it is, for messages.
+
+    Raises:
+        MissingObjectError: the object is gone, short or long.
+        DigestMismatchError: it is not what was written; ``target`` holds it all the same.
+    """
+    size = record.sizes[chunk.number]
+    hasher = Hasher()
+    try:
+        if record.spec.codec == "none":
+            objects.read_into(key, target, hasher.update, size=size)
+        else:
+            encoded = objects.get(key)
+            if len(encoded) != size:
+                msg = f"object {key} has {len(encoded)} bytes, not {size}"
+                raise MissingObjectError(msg)
+            _decode(record.spec, chunk, encoded, target)
+            hasher.update(target)
+    except MissingObjectError as error:
+        msg = f"{where()}: {error}"
+        raise MissingObjectError(msg) from error
+    except (DigestMismatchError, CorruptDocumentError) as error:
+        msg = f"{where()}: object {key} in {objects.url}: {error}"
+        raise DigestMismatchError(msg) from error
+    if hasher.hexdigest() != record.digests[chunk.number]:
+        msg = (
+            f"{where()}: object {key} in {objects.url} is not what was written (its digest differs);"
+            " run 'tailorstore verify' to see what else is damaged, and restore an older step"
+        )
+        raise DigestMismatchError(msg)
+
+
+def _decode(spec: ArraySpec, chunk: Chunk, encoded: memoryview, target: memoryview) -> None:
+    if chunk.elements == chunk.capacity:
+        codecs.decode(spec.codec, itemsize(spec.dtype), encoded, target)
+        return
+    padded = memoryview(bytearray(chunk.capacity * itemsize(spec.dtype)))
+    codecs.decode(spec.codec, itemsize(spec.dtype), encoded, padded)
+    target[:] = padded[: len(target)]
+
+
+@dataclass(frozen=True, slots=True)
+class SealedLayer:
+    """A layer version whose objects are all in storage."""
+
+    version: LayerVersion
+    document: LayerDocument
+    keys: tuple[str, ...]
+    """Keys of every object of the version."""
+
+
+def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
+    """Write a layer version's documents, once all its chunks are written, the group's own last.
+
+    Raises:
+        StorageUnavailableError, StorageFullError, AccessDeniedError: the version stays unsealed; GC sweeps it.
+    """
+    prefix = version_prefix(document.layer, document.version_id)
+    specs = {path: record.spec for path, record in document.arrays.items()}
+    documents = {f"{group}/{GROUP_DOCUMENT}": group_document({}, {}) for group in _groups_above(document.arrays)}
+    documents |= {f"{path}/{GROUP_DOCUMENT}": array_document(spec) for path, spec in specs.items()}
+    digest = layer_digest(document.content, document.arrays)
+    documents[GROUP_DOCUMENT] = group_document({ATTRIBUTE: _to_json(document, digest)}, specs)
+    stored = sum(objects.put(prefix + key, data) for key, data in documents.items())
+    chunk_keys = [
+        object_key(prefix, path, record.spec, chunk)
+        for path, record in document.arrays.items()
+        for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)
+    ]
+    version = LayerVersion(
+        layer=document.layer,
+        version_id=document.version_id,
+        step=document.step,
+        digest=digest,
+        bytes_logical=sum(logical_bytes(spec) for spec in specs.values()),
+        bytes_stored=stored + sum(sum(record.sizes) for record in document.arrays.values()),
+        objects=len(documents) + len(chunk_keys),
+        fidelity=document.fidelity,
+        base_id=document.base_id,
+    )
+    return SealedLayer(version, document, (*chunk_keys, *(prefix + key for key in documents)))
+
+
+
+
+def logical_bytes(spec: ArraySpec) -> int:
+    """Return the size of an array's elements in bytes."""
+    size = itemsize(spec.dtype)
+    for extent in spec.shape:
+        size *= extent
+    return size
+
+
+def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
+    """Read a layer version's document and check that it is the one that was published.
+
+    Raises:
+        MissingObjectError: it is gone.
+        CorruptDocumentError: it is not valid, or not the one whose digest the catalog has.
+        FormatTooNewError: a newer version of tailorstore wrote it.
+    """
+    key = version_prefix(version.layer, version.version_id) + GROUP_DOCUMENT
+    document = parse_document(objects.get(key), key)
+    found = layer_digest(document.content, document.arrays)
+    names = (document.layer, document.version_id, document.step)
+    if found != version.digest or names != (version.layer, version.version_id, version.step):
+        msg = (
+            f"document {key} in {objects.url} is not the one that step {version.step} published for layer"
+            f" {version.layer!r}; run 'tailorstore verify' to see what else is damaged"
+        )
+        raise CorruptDocumentError(msg)
+    return document
+
+
+def parse_document(raw: memoryview, key: str) -> LayerDocument:
+    """Parse a layer version's group document.
+
+    Raises:
+        CorruptDocumentError: it is not valid.
+        FormatTooNewError: a newer version of tailorstore wrote it.
+    """
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        msg = f"document {key} has {len(raw)} bytes, more than any document of a layer"
+        raise CorruptDocumentError(msg)
+    try:
+        described = json.loads(bytes(raw))["attributes"][ATTRIBUTE]
+        if described["format"] > FORMAT:
+            msg = f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
+            raise FormatTooNewError(msg)
+        arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
+        content = described["content"]
+        if not isinstance(content, dict):
+            raise TypeError(key)
+        return LayerDocument(
+            layer=described["layer"],
+            version_id=described["version"],
+            step=described["step"],
+            content=content,
+            arrays=arrays,
+            fidelity=described["fidelity"],
+            base_id=described["base"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
+        raise CorruptDocumentError(msg) from error
+
+
+def _to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "layer": document.layer,
+        "version": document.version_id,
+        "step": document.step,
+        "fidelity": document.fidelity,
+        "base": document.base_id,
+        "digest": digest,
+        "content": document.content,
+        "arrays": {path: _record_to_json(record) for path, record in document.arrays.items()},
+    }
+
+
+def _record_to_json(record: ArrayRecord) -> dict[str, Any]:
+    spec = record.spec
+    return {
+        "dtype": spec.dtype,
+        "shape": spec.shape,
+        "chunk_shape": spec.chunk_shape,
+        "codec": spec.codec,
+        "digests": record.digests,
+        "sizes": record.sizes,
+    }
+
+
+def _record_from_json(path: str, entry: Mapping[str, Any]) -> ArrayRecord:
+    spec = ArraySpec(str(entry["dtype"]), _extents(entry["shape"], 0), _extents(entry["chunk_shape"], 1), str(entry["codec"]))
+    if len(spec.shape) != len(spec.chunk_shape) or spec.codec not in codecs.CODECS:
+        raise ValueError(path)
+    itemsize(spec.dtype)
+    digests, sizes = tuple(entry["digests"]), tuple(entry["sizes"])
+    count = 1
+    for extent in grid_of(spec.shape, spec.chunk_shape):
+        count *= extent
+    if not len(digests) == len(sizes) == count or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError(path)
+    parts = path.split("/")
+    if not all(parts) or "." in parts or ".." in parts:
+        raise ValueError(path)
+    return ArrayRecord(path, spec, digests, sizes)
+
+
+def _extents(values: Any, least: int) -> tuple[int, ...]:  # noqa: ANN401
+    if not all(type(value) is int and value >= least for value in values):
+        raise ValueError(values)
+    return tuple(values)
+
+
+def _groups_above(paths: Iterable[str]) -> list[str]:
+    groups = {"/".join(parts[:depth]) for path in paths for parts in (path.split("/"),) for depth in range(1, len(parts))}
+    return sorted(groups)

@@ -1,0 +1,301 @@
+"""The fastest transport for local directories: plain system calls on the final paths. Standard library only."""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import TYPE_CHECKING
+
+from tailorstore.storage import failures
+from tailorstore.storage.threads import map_in_threads
+from tailorstore.storage.transport import (
+    DeleteFailure,
+    DeleteFailures,
+    ObjectInfo,
+    Observe,
+    check_key,
+    check_prefix,
+    flat_bytes,
+    wrong_size,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+BLOCK_BYTES = 1 << 20
+"""How much is copied between two looks of an observer.
+
+Measured on tmpfs with 1.85 GB in 351 objects, XXH3-128 observing, two cores of 1 MiB L2 each: hashing costs 2 % of a
+write and 8 % of a read as long as a block is still in the cache when it is hashed (a block of 64 MiB: 25 % of a read).
+Blocks of 256 KiB to 2 MiB are equally fast; every block costs two turns of the interpreter's lock, which a training
+loop may be holding, so the upper half of that range is better. Hashing before writing beats hashing after it by 12 %.
+Neither mapping the file (twice as slow both ways: a page fault for every 4 KiB) nor allocating its space ahead
+(no difference) helps. Two threads are 1.9 times as fast as one; four are as fast as two.
+"""
+
+_SYNC_THREADS = 8
+"""Flushes wait for the device, not the processor, and a journal takes many in one go: four times faster than one."""
+
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC
+_MAKE_ATTEMPTS = 16
+"""How often a directory is made anew when a concurrent delete takes it away as empty."""
+
+
+class LocalObjects:
+    """Objects as files below a directory.
+
+    A file is written under its final name, once: nothing refers to it before its commit is published, so a file that
+    a dying process leaves half written is a leftover like any other.
+    """
+
+    copies_on_put = 0
+
+    def __init__(self, root: str) -> None:
+        """Take an absolute path. Nothing is read or created yet."""
+        self._root = root.rstrip("/") or "/"
+        self._base = self._root.rstrip("/") + "/"
+        self.url = f"file://{self._root}"
+        self.workers = min(16, max(4, os.cpu_count() or 1))
+        # Directories that the first put will make: their own entries must be made durable too.
+        self._unsynced: list[str] = []
+        above = self._root
+        while not os.path.isdir(above) and above != os.path.dirname(above):
+            above = os.path.dirname(above)
+            self._unsynced.append(above)
+
+    def __repr__(self) -> str:
+        """Name the root."""
+        return f"LocalObjects({self._root!r})"
+
+    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+        """Write a new file; see :meth:`Objects.put`."""
+        view = flat_bytes(data)
+        try:
+            self._write_new(self._path(key), view, observe)
+        except OSError as error:
+            failures.raise_os_error(error, "writing", self.url, key)
+        return view.nbytes
+
+    def get(self, key: str) -> memoryview:
+        """Read a file; see :meth:`Objects.get`."""
+        try:
+            descriptor = os.open(self._path(key), _READ)
+            try:
+                target = memoryview(bytearray(self._size(descriptor)))
+                filled = self._fill(descriptor, target, None)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            failures.raise_os_error(error, "reading", self.url, key)
+        return target[:filled]
+
+    def read_into(
+        self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None
+    ) -> None:
+        """Read a file's beginning into memory; see :meth:`Objects.read_into`."""
+        expected = target.nbytes if size is None else size
+        try:
+            descriptor = os.open(self._path(key), _READ)
+            try:
+                found = self._size(descriptor)
+                if found != expected:
+                    raise wrong_size(self.url, key, found, expected)
+                filled = self._fill(descriptor, target, observe)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            failures.raise_os_error(error, "reading", self.url, key)
+        if filled < target.nbytes:
+            raise wrong_size(self.url, key, filled, expected)
+
+    def replace(self, key: str, data: "Buffer") -> None:
+        """Write beside the old file, make it durable, and rename; see :meth:`Objects.replace`."""
+        path = self._path(key)
+        beside = f"{path}.{token_hex(8)}.new"
+        try:
+            self._write_new(beside, flat_bytes(data), None)
+            try:
+                _fsync(beside)
+                os.replace(beside, path)
+            except OSError:
+                _unlink_quietly(beside)
+                raise
+            _fsync_directory(os.path.dirname(path))
+        except OSError as error:
+            failures.raise_os_error(error, "replacing", self.url, key)
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is a file; see :meth:`Objects.exists`."""
+        try:
+            return stat.S_ISREG(os.stat(self._path(key)).st_mode)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            failures.raise_os_error(error, "looking for", self.url, key)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Walk the directories; see :meth:`Objects.list`."""
+        pending = [check_prefix(prefix)]
+        while pending:
+            directory = pending.pop()
+            try:
+                with os.scandir(self._base + directory) as entries:
+                    found = [
+                        info
+                        for entry in entries
+                        if (info := _describe(entry, directory, pending)) is not None
+                    ]
+            except FileNotFoundError:
+                continue  # deleted meanwhile, or never there
+            except OSError as error:
+                failures.raise_os_error(error, "listing", self.url, directory)
+            yield from found
+
+    def delete(self, keys: Sequence[str]) -> DeleteFailures:
+        """Unlink files and the directories that they leave empty; see :meth:`Objects.delete`."""
+        left: list[DeleteFailure] = []
+        for key in keys:
+            path = self._path(key)
+            try:
+                os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                left.append(DeleteFailure(key, error.strerror or type(error).__name__))
+        self.prune(keys)
+        return left
+
+    def prune(self, keys: Iterable[str]) -> None:
+        """Remove the directories of these keys that are empty, and those above that become so."""
+        # The deepest first: a directory's name is longer than those of the directories that hold it.
+        for directory in sorted(parents_of(keys), key=len, reverse=True):
+            # Not empty, or somebody was faster: either is fine.
+            with contextlib.suppress(OSError):
+                os.rmdir(self._base + directory)
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Flush files, then every directory on the way up to the root; see :meth:`Objects.sync`."""
+        keys = list(keys)
+        files = [self._path(key) for key in keys]
+        directories = [self._base + directory for directory in parents_of(keys)]
+        above = [self._root, *self._unsynced]
+        try:
+                # Files before directories, so that no name ever outlives a crash without its bytes.
+            map_in_threads(_fsync, files, _SYNC_THREADS)
+            map_in_threads(_fsync_directory, directories, _SYNC_THREADS)
+            map_in_threads(_fsync_directory, above, _SYNC_THREADS)
+        except OSError as error:
+            failures.raise_os_error(error, "flushing", self.url, "")
+        self._unsynced = []
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _path(self, key: str) -> str:
+        return self._base + check_key(key)
+
+    @staticmethod
+    def _size(descriptor: int) -> int:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            # A directory is no object; opening one for reading succeeds.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return status.st_size
+
+    @staticmethod
+    def _fill(descriptor: int, target: memoryview, observe: Observe | None) -> int:
+        done = 0
+        total = target.nbytes
+        step = total if observe is None else BLOCK_BYTES
+        while done < total:
+            block = target[done : done + step]
+            count = os.readv(descriptor, (block,))
+            if count == 0:
+                break
+            if observe is not None:
+                observe(block[:count])
+            done += count
+        return done
+
+    def _write_new(self, path: str, view: memoryview, observe: Observe | None) -> None:
+        descriptor = self._create(path)
+        try:
+            try:
+                _write_all(descriptor, view, observe)
+            finally:
+                os.close(descriptor)
+        except BaseException:
+            # Also on an interrupt: half an object is of no use, and on a full disk its space is wanted.
+            _unlink_quietly(path)
+            raise
+
+    def _create(self, path: str) -> int:
+        # Opening first and making directories on failure costs the common case nothing, and a directory that
+        # a concurrent delete just removed as empty is simply made again.
+        for _ in range(_MAKE_ATTEMPTS):
+            try:
+                return os.open(path, _WRITE, 0o666)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, _WRITE, 0o666)
+
+
+def parents_of(keys: Iterable[str]) -> set[str]:
+    """Return every directory that lies above one of these keys, relative to the root and without the root itself."""
+    directories: set[str] = set()
+    for key in keys:
+        directory = os.path.dirname(key)
+        while directory and directory not in directories:
+            directories.add(directory)
+            directory = os.path.dirname(directory)
+    return directories
+
+
+def _write_all(descriptor: int, view: memoryview, observe: Observe | None) -> None:
+    step = BLOCK_BYTES if observe is not None else max(1, view.nbytes)
+    for start in range(0, view.nbytes, step):
+        block = view[start : start + step]
+        if observe is not None:
+            observe(block)
+        while block.nbytes:
+            block = block[os.write(descriptor, block) :]
+
+
+def _describe(entry: "os.DirEntry[str]", directory: str, pending: "list[str]") -> ObjectInfo | None:
+    """Return what a file is; put a directory on the list of those to visit."""
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            pending.append(f"{directory}{entry.name}/")
+            return None
+        status = entry.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return ObjectInfo(directory + entry.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+def _unlink_quietly(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, _READ)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_directory(path: str) -> None:
+    try:
+        _fsync(path)
+    except OSError as error:
+        # Some file systems cannot flush directories, and do not need to; parents of the root may not be ours.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise

@@ -1,0 +1,261 @@
+"""The documents that make a root complete without its catalog: who owns it, every commit, every tag and branch."""
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any, TypeVar
+
+from tailorstore.domain.errors import (
+    CorruptDocumentError,
+    FormatTooNewError,
+    MissingObjectError,
+    NotAStoreError,
+    TailorError,
+)
+from tailorstore.domain.names import (
+    COMMITS_PREFIX,
+    REFS_PREFIX,
+    ROOT_DOCUMENT,
+    is_id,
+    manifest_key,
+    ref_record_key,
+)
+from tailorstore.domain.records import Binding, Commit, CommitManifest, LayerVersion, RefRecord
+from tailorstore.storage.transport import Objects
+
+FORMAT = 1
+_MAX_BYTES = 64 << 20
+_ABOUT = "A tailorstore root. Objects are immutable; delete them only with 'tailorstore gc'."
+
+Record = TypeVar("Record")
+
+
+def read_binding(objects: Objects) -> Binding | None:
+    """Return which catalog owns the root, or ``None`` where there is no store.
+
+    Raises:
+        NotAStoreError: ``tailorstore.json`` is something else.
+        FormatTooNewError: a newer version of tailorstore made it.
+    """
+    try:
+        raw = objects.get(ROOT_DOCUMENT)
+    except MissingObjectError:
+        return None
+    try:
+        described = _parse(raw)
+        if described["format"] > FORMAT:
+            msg = (
+                f"the store at {objects.url} has format {described['format']}, and this version of tailorstore reads up"
+                f" to {FORMAT}; install a newer tailorstore"
+            )
+            raise FormatTooNewError(msg)
+        return _binding_from_json(described)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{objects.url} is not a store: its {ROOT_DOCUMENT} is not a tailorstore document; choose another root"
+        raise NotAStoreError(msg) from error
+
+
+def write_binding(objects: Objects, binding: Binding, *, replace: bool) -> None:
+    """Write who owns the root: the one document that a take-over replaces.
+
+    Raises:
+        AlreadyExistsError: not ``replace``, and storage that can tell found one there.
+    """
+    data = _dump({"about": _ABOUT, "format": FORMAT, **_binding_to_json(binding)})
+    if replace:
+        objects.replace(ROOT_DOCUMENT, data)
+    else:
+        objects.put(ROOT_DOCUMENT, data)
+        objects.sync([ROOT_DOCUMENT])
+
+
+def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
+    """Write a commit's manifest, durably, and return its key. It is written before the commit is published."""
+    commit = manifest.commit
+    key = manifest_key(commit.id)
+    described = {
+        "format": FORMAT,
+        "binding": _binding_to_json(manifest.binding),
+        "commit": {
+            "id": commit.id,
+            "step": commit.step,
+            "branch": commit.branch,
+            "parent": commit.parent,
+            "created_at": commit.created_at.isoformat(),
+            "message": commit.message,
+            "metrics": {name: repr(value) for name, value in commit.metrics.items()},
+            "layers_written": list(commit.layers_written),
+            "bytes_written": commit.bytes_written,
+            "bytes_logical": commit.bytes_logical,
+        },
+        "layers": {name: _version_to_json(version) for name, version in manifest.versions.items()},
+    }
+    objects.put(key, _dump(described))
+    objects.sync([key])
+    return key
+
+
+def write_ref_record(objects: Objects, record: RefRecord) -> str:
+    """Write where a tag or branch points from now on, durably, and return its key."""
+    key = ref_record_key(record.id)
+    described = {
+        "format": FORMAT,
+        "kind": record.kind,
+        "name": record.name,
+        "commit": record.commit,
+        "created_at": record.created_at.isoformat(),
+    }
+    objects.put(key, _dump(described))
+    objects.sync([key])
+    return key
+
+
+def read_manifest(objects: Objects, commit_id: str) -> CommitManifest:
+    """Read a commit's manifest.
+
+    Raises:
+        MissingObjectError: it is gone.
+        CorruptDocumentError, FormatTooNewError: it cannot be understood.
+    """
+    return _read(objects, manifest_key(commit_id), _manifest_from_json)
+
+
+def read_ref_record(objects: Objects, record_id: str) -> RefRecord:
+    """Read a tag's or branch's record; raises as :func:`read_manifest` does."""
+    return _read(objects, ref_record_key(record_id), _ref_record_from_json)
+
+
+def manifest_ids(objects: Objects) -> Iterator[str]:
+    """Yield the ids of all commits that have a manifest."""
+    yield from _ids(objects, COMMITS_PREFIX)
+
+
+def ref_record_ids(objects: Objects) -> Iterator[str]:
+    """Yield the ids of all records of tags and branches."""
+    yield from _ids(objects, REFS_PREFIX)
+
+
+def _ids(objects: Objects, prefix: str) -> Iterator[str]:
+    for info in objects.list(prefix):
+        name = info.key.removeprefix(prefix).removesuffix(".json")
+        if is_id(name):
+            yield name
+
+
+def _read(objects: Objects, key: str, build: Callable[[dict[str, Any]], Record]) -> Record:
+    raw = objects.get(key)
+    try:
+        described = _parse(raw)
+        if described["format"] > FORMAT:
+            msg = f"document {key} in {objects.url} has format {described['format']}; install a newer tailorstore"
+            raise FormatTooNewError(msg)
+        return build(described)
+    except TailorError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = f"document {key} in {objects.url} cannot be understood ({type(error).__name__})"
+        raise CorruptDocumentError(msg) from error
+
+
+def _parse(raw: memoryview) -> dict[str, Any]:
+    if len(raw) > _MAX_BYTES:
+        raise ValueError(len(raw))
+    described = json.loads(bytes(raw))
+    if not isinstance(described, dict) or type(described["format"]) is not int:
+        raise TypeError(described)
+    return described
+
+
+def _dump(described: dict[str, Any]) -> bytes:
+    return json.dumps(described, indent=1, allow_nan=False).encode("ascii")
+
+
+def _binding_to_json(binding: Binding) -> dict[str, Any]:
+    return {"store_id": binding.store_id, "catalog_id": binding.catalog_id, "epoch": binding.epoch}
+
+
+def _binding_from_json(described: dict[str, Any]) -> Binding:
+    return Binding(_text(described["store_id"]), _text(described["catalog_id"]), _count(described["epoch"]))
+
+
+def _version_to_json(version: LayerVersion) -> dict[str, Any]:
+    return {
+        "version": version.version_id,
+        "step": version.step,
+        "digest": version.digest,
+        "bytes_logical": version.bytes_logical,
+        "bytes_stored": version.bytes_stored,
+        "objects": version.objects,
+        "fidelity": version.fidelity,
+        "base": version.base_id,
+        "error": version.error,
+    }
+
+
+def _version_from_json(layer: str, described: dict[str, Any]) -> LayerVersion:
+    if described["fidelity"] not in ("full", "light") or not is_id(described["version"]):
+        raise ValueError(layer)
+    return LayerVersion(
+        layer=layer,
+        version_id=described["version"],
+        step=_count(described["step"]),
+        digest=_text(described["digest"]),
+        bytes_logical=_count(described["bytes_logical"]),
+        bytes_stored=_count(described["bytes_stored"]),
+        objects=_count(described["objects"]),
+        fidelity=described["fidelity"],
+        base_id=described["base"],
+        error=described["error"],
+    )
+
+
+def _manifest_from_json(described: dict[str, Any]) -> CommitManifest:
+    entry = described["commit"]
+    if not is_id(entry["id"]):
+        raise ValueError(entry["id"])
+    commit = Commit(
+        id=entry["id"],
+        step=_count(entry["step"]),
+        branch=_text(entry["branch"]),
+        parent=entry["parent"],
+        created_at=_time(entry["created_at"]),
+        message=entry["message"],
+        metrics={_text(name): float(value) for name, value in entry["metrics"].items()},
+        layers_written=tuple(_text(name) for name in entry["layers_written"]),
+        bytes_written=_count(entry["bytes_written"]),
+        bytes_logical=_count(entry["bytes_logical"]),
+    )
+    versions = {name: _version_from_json(name, version) for name, version in described["layers"].items()}
+    return CommitManifest(_binding_from_json(described["binding"]), commit, versions)
+
+
+def _ref_record_from_json(described: dict[str, Any]) -> RefRecord:
+    if described["kind"] not in ("tag", "branch"):
+        raise ValueError(described["kind"])
+    target = described["commit"]
+    return RefRecord(
+        id="",
+        kind=described["kind"],
+        name=_text(described["name"]),
+        commit=None if target is None else _text(target),
+        created_at=_time(described["created_at"]),
+    )
+
+
+def _time(value: str) -> datetime:
+    moment = datetime.fromisoformat(value)
+    if moment.tzinfo is None:
+        raise ValueError(value)
+    return moment
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(value)
+    return value

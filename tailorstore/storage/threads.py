@@ -1,0 +1,123 @@
+"""Threads that share a heap of small jobs. Standard library only.
+
+Plain threads rather than an executor: executors refuse work once the interpreter begins to exit, which is just when
+a commit in the background must be finished.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Job = Callable[[], "Iterable[Job] | None"]
+"""Does one piece of work; may return further jobs."""
+
+
+def run_jobs(jobs: Iterable[Job], workers: int) -> None:
+    """Run jobs, and the jobs they return, on several threads; the calling thread is one of them.
+
+    Raises:
+        BaseException: the first error of any job. Jobs that run then are finished, all others dropped.
+    """
+    heap = _Heap(jobs)
+    helpers = [threading.Thread(target=heap.work, name=f"tailorstore-{number}") for number in range(1, workers)]
+    for helper in helpers:
+        helper.start()
+    try:
+        heap.work()
+    except BaseException as error:  # an interrupt of the calling thread outside a job
+        heap.fail(error)
+        raise
+    finally:
+        for helper in helpers:
+            helper.join()
+    if heap.error is not None:
+        raise heap.error
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
+    """Return what a function gives for each item, in their order.
+
+    Raises:
+        BaseException: the first error of any call.
+    """
+    found: dict[int, Result] = {}
+
+    def job(at: int) -> Job:
+        def run() -> None:
+            found[at] = function(items[at])
+
+        return run
+
+    run_jobs([job(at) for at in range(len(items))], min(workers, len(items)))
+    return [found[at] for at in range(len(items))]
+
+
+class _Heap:
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self.waiting = deque(jobs)
+        self.error: BaseException | None = None
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def work(self) -> None:
+        while (job := self._take()) is not None:
+            try:
+                more = job()
+            except BaseException as error:  # noqa: BLE001 - handed to the caller of run_jobs
+                self.fail(error)
+                more = None
+            self._done(more)
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.error = self.error or error
+            self.waiting.clear()
+            self._changed.notify_all()
+
+    def _take(self) -> Job | None:
+        with self._changed:
+            while not self.waiting and self._running and self.error is None:
+                self._changed.wait()
+            if not self.waiting:
+                return None
+            self._running += 1
+            return self.waiting.popleft()
+
+    def _done(self, more: Iterable[Job] | None) -> None:
+        with self._changed:
+            self._running -= 1
+            if more is not None and self.error is None:
+                self.waiting.extend(more)
+            if self.waiting or not self._running:
+                self._changed.notify_all()
+
+
+class MemoryBudget:
+    """Bounds the bytes that jobs hold at once, however many threads and however large the model."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        """Allow ``limit_bytes`` in all; one job larger than that runs alone."""
+        self._limit = limit_bytes
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def hold(self, size_bytes: int) -> AbstractContextManager[None]:
+        """Wait until ``size_bytes`` fit, and hold them until the context ends."""
+        return self._hold(size_bytes) if size_bytes else nullcontext()
+
+    @contextmanager
+    def _hold(self, size_bytes: int) -> Iterator[None]:
+        with self._changed:
+            while self._held and self._held + size_bytes > self._limit:
+                self._changed.wait()
+            self._held += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size_bytes
+                self._changed.notify_all()

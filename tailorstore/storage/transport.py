@@ -1,0 +1,190 @@
+"""The contract between the store and the place where its bytes lie. Standard library and domain only."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Protocol
+
+from tailorstore.domain.errors import InvalidInputError, MissingObjectError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Observe = Callable[[memoryview], None]
+"""Is shown an object's bytes block by block, in order, each once, while they are in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object, as a listing shows it."""
+
+    key: str
+    """Relative to the root."""
+    size: int
+    """In bytes."""
+    modified: datetime | None
+    """UTC, by the storage's clock; ``None`` where it does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteFailure:
+    """An object that could not be deleted."""
+
+    key: str
+    reason: str
+    """For people; holds no secret."""
+
+
+DeleteFailures = list[DeleteFailure]
+
+
+class Objects(Protocol):
+    """A root: a flat map from keys to immutable bytes.
+
+    Keys are plain ASCII components joined by ``/`` (see :func:`check_key`). All methods may be called from any thread.
+    Errors of the transport's library arrive as errors of the domain; besides those that a method lists, each may raise:
+
+    - ``StorageUnavailableError``: not reached, or no sensible answer, after retries of about a minute.
+    - ``AccessDeniedError``: the credentials or permissions do not suffice.
+    - ``BucketNotFoundError``: the bucket of the root does not exist.
+    """
+
+    @property
+    def url(self) -> str:
+        """The root, printable: it never holds a secret."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many calls at once suit this transport."""
+        ...
+
+    @property
+    def copies_on_put(self) -> int:
+        """How many copies of an object's bytes a put makes: memory that a commit must reckon with."""
+        ...
+
+    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+        """Store a new object and return its size; when it returns, storage has accepted every byte.
+
+        The caller gives a fresh key: whether an object that is there already is refused depends on the transport.
+
+        Raises:
+            AlreadyExistsError: the key is taken (local files only); what is there is untouched.
+            StorageFullError: no space or quota is left. No object, or, if the process dies, a partial one, remains.
+        """
+        ...
+
+    def get(self, key: str) -> memoryview:
+        """Return an object's bytes.
+
+        Raises:
+            MissingObjectError: there is no such object.
+        """
+        ...
+
+    def read_into(
+        self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None
+    ) -> None:
+        """Fill ``target`` with the object's first ``len(target)`` bytes.
+
+        Args:
+            key: the object.
+            target: flat writable bytes.
+            observe: is shown the bytes as they arrive.
+            size: what the whole object must measure; by default as much as ``target``.
+
+        Raises:
+            MissingObjectError: there is no such object, or it is shorter or longer than ``size``. The content of
+                ``target`` is undefined.
+        """
+        ...
+
+    def replace(self, key: str, data: "Buffer") -> None:
+        """Put a small object over the one that is there; where the storage can, readers see the old or the new one.
+
+        Raises:
+            StorageFullError: no space or quota is left; the old object stays where the storage is atomic.
+        """
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is an object of that key. Directories are no objects."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Yield every object below ``prefix``, in no particular order, page by page.
+
+        Args:
+            prefix: empty, or whole components ending in ``/``.
+        """
+        ...
+
+    def delete(self, keys: Sequence[str]) -> DeleteFailures:
+        """Delete objects, in batches where the storage can; missing ones are no failure.
+
+        Returns:
+            The keys that are still there, with reasons. Only what concerns the whole root is raised.
+        """
+        ...
+
+    def sync(self, keys: Iterable[str]) -> None:
+        """Make objects that were put survive a loss of power. Object stores do so by themselves."""
+        ...
+
+    def close(self) -> None:
+        """Give back connections and threads. The object must not be used afterwards."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it can only mean one object below the root.
+
+    Raises:
+        InvalidInputError: it is empty, absolute, or has an empty, ``.`` or ``..`` component or a NUL.
+    """
+    # One pass over a padded copy; puts and gets of small objects come through here thousands of times.
+    padded = f"/{key}/"
+    if "//" in padded or "/./" in padded or "/../" in padded or "\0" in key:
+        msg = f"{key!r} is no object key: it must be relative, without empty, '.' or '..' components"
+        raise InvalidInputError(msg)
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return ``prefix`` if it is empty or whole components ending in ``/``.
+
+    Raises:
+        InvalidInputError: it is anything else.
+    """
+    if prefix:
+        if not prefix.endswith("/"):
+            msg = f"{prefix!r} is no listing prefix: it must end in '/'"
+            raise InvalidInputError(msg)
+        check_key(prefix[:-1])
+    return prefix
+
+
+def flat_bytes(data: "Buffer") -> memoryview:
+    """Return ``data`` as flat bytes without copying.
+
+    Raises:
+        InvalidInputError: the buffer is not contiguous in C order.
+    """
+    view = memoryview(data)
+    if view.nbytes == 0:
+        # `cast` refuses shapes that hold a zero.
+        return memoryview(b"")
+    if view.format == "B" and view.ndim == 1 and view.contiguous:
+        return view
+    if not view.c_contiguous:
+        msg = "only buffers that are contiguous in C order can be stored"
+        raise InvalidInputError(msg)
+    return view.cast("B")
+
+
+def wrong_size(root: str, key: str, found: int, expected: int) -> MissingObjectError:
+    """Return the error for an object that is shorter or longer than the documents say."""
+    how = "is short" if found < expected else "is long"
+    msg = f"object {key} in {root} {how}: it has {found} bytes, not {expected}; run 'tailorstore verify'"
+    return MissingObjectError(msg)
