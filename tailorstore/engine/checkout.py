@@ -1,0 +1,435 @@
+"""A composite checkpoint, checked out: one catalog query, no tensor bytes until they are asked for."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from tailorstore.domain.errors import ClosedError, InvalidInputError, LayerNotFoundError
+from tailorstore.domain.names import layer_component, version_prefix
+from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument
+from tailorstore.engine.export import export_safetensors, export_torch
+from tailorstore.engine.gc import Progress
+from tailorstore.engine.read import StoredArray, load_documents, read_array, read_arrays
+from tailorstore.engine.tensors.capture import Model, Optim
+from tailorstore.engine.tensors.lazy import LazyTensor
+from tailorstore.engine.tensors.memory import DTYPES, Tensor, empty_host, scalar_from_hex
+from tailorstore.engine.tensors.packing import unpack
+from tailorstore.engine.tensors.restore import (
+    StoredOptim,
+    StoredTensor,
+    plan_model,
+    plan_optim,
+    plan_states,
+    raise_mismatch,
+)
+from tailorstore.engine.tensors.rng import set_rng_states
+from tailorstore.storage.transport import Objects
+
+if TYPE_CHECKING:
+    import zarr
+
+
+class LazyMapping(Mapping[str, Any]):
+    """Names to tensors that are read when they are asked for; the names are read at the first look."""
+
+    def __init__(self, entries: Callable[[], Mapping[str, Any]], what: str) -> None:
+        """Take what gives the entries, and a word for messages."""
+        self._entries = entries
+        self._what = what
+        self._found: Mapping[str, Any] | None = None
+
+    def _all(self) -> Mapping[str, Any]:
+        if self._found is None:
+            self._found = self._entries()
+        return self._found
+
+    def forget(self) -> None:
+        """Look anew next time."""
+        self._found = None
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401
+        """Return one entry.
+
+        Raises:
+            LayerNotFoundError: no such name (a ``KeyError``).
+        """
+        try:
+            return self._all()[name]
+        except KeyError:
+            msg = f"{self._what} has no {name!r}"
+            raise LayerNotFoundError(msg) from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        """Count the names."""
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        """Describe without reading."""
+        return f"<{self._what}>"
+
+
+class Checkpoint:
+    """The newest version of every layer as of a commit. Lazy; may be used from several threads.
+
+    A lease keeps GC from taking what it refers to; :meth:`close`, or leaving the ``with`` block, gives it back.
+    """
+
+    def __init__(
+        self,
+        composite: Composite,
+        objects: Objects,
+        *,
+        known: Mapping[str, LayerDocument] | None = None,
+        release: Callable[[], None] | None = None,
+        drop: Callable[[], None] | None = None,
+    ) -> None:
+        """Made by ``Store.checkout``.
+
+        Args:
+            composite: from the catalog.
+            objects: the root.
+            known: documents that are in memory already.
+            release: gives the lease back.
+            drop: gives it back some time; for when the checkpoint is forgotten without being closed.
+        """
+        self._composite = composite
+        self._objects = objects
+        self._known = dict(known or {})
+        self._release = release
+        self._closed = False
+        self._lock = threading.Lock()
+        self._documents: dict[str, LayerDocument] | None = None
+        self._owners: dict[str, str] | None = None
+        self._finalizer = weakref.finalize(self, drop) if drop else None
+        self.model: Mapping[str, LazyTensor] = LazyMapping(self._model_entries, f"model of step {self.step}")
+        """Tensor name → lazy tensor: parameters, buffers and tied names."""
+        self.optim: Mapping[str, Mapping[str, Any]] = LazyMapping(self._optim_entries, f"optim of step {self.step}")
+        """Parameter name → slot → lazy tensor, or the plain value of a slot that is none."""
+
+    @property
+    def commit(self) -> Commit:
+        """The commit that was checked out."""
+        return self._composite.commit
+
+    @property
+    def step(self) -> int:
+        """Step of the commit."""
+        return self._composite.commit.step
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics of the commit."""
+        return MappingProxyType(dict(self._composite.commit.metrics))
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Layer → step that its values come from."""
+        return self._composite.sources
+
+    @property
+    def staleness(self) -> dict[str, int]:
+        """Layer → commit's step minus source step."""
+        return {layer: self.step - source for layer, source in self.sources.items()}
+
+    @property
+    def fidelity(self) -> dict[str, Fidelity]:
+        """Layer → ``"full"`` or ``"light"``."""
+        return {layer: version.fidelity for layer, version in self._composite.versions.items()}
+
+    @property
+    def extra(self) -> Any:  # noqa: ANN401
+        """What the caller passed as ``extra``, read anew at each access; ``{}`` where nothing was passed.
+
+        Raises:
+            MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
+        """
+        return self._extra_part("extra", {})
+
+    def model_state_dict(self) -> dict[str, Any]:
+        """Read every model tensor into host memory; ready for ``model.load_state_dict``.
+
+        Raises:
+            MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
+        """
+        arrays, aliases = self._model_arrays()
+        found: dict[str, Any] = self._read_many(arrays)
+        found.update({name: found[target] for name, target in aliases.items()})
+        found.update({name: unpack(value, self._loader(name)) for name, value in self._states().items()})
+        return found
+
+    def optim_state_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Read every optimizer slot into host memory; ready for ``optimizer.load_state_dict``.
+
+        Parameters are named rather than numbered, as ``torch.distributed.checkpoint.state_dict`` does.
+
+        Returns:
+            ``{"state": …, "param_groups": …}``; a list of them where several optimizers were committed.
+
+        Raises:
+            MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
+        """
+        slots = self._slots()
+        arrays = {
+            (name, path): self._array(layer, path)
+            for layer, document in self._all_documents().items()
+            if layer != EXTRA_LAYER
+            for name, held in document.content["optim"].items()
+            for path in _paths_in(held)
+        }
+        tensors = self._read_many(arrays)
+        state = {
+            name: {slot: unpack(value, lambda path, name=name: tensors[name, path]) for slot, value in held.items()}  # type: ignore[misc]
+            for name, held in slots.items()
+        }
+        groups = self._extra_part("param_groups", [])
+        if not groups:
+            return {"state": state, "param_groups": []}
+        dicts = []
+        for optimizer_groups in groups:
+            members = {name for group in optimizer_groups for name in group["params"]}
+            mine = {name: held for name, held in state.items() if name in members}
+            dicts.append({"state": mine, "param_groups": optimizer_groups})
+        return dicts[0] if len(dicts) == 1 else dicts
+
+    def restore(self, model: Model, optim: Optim = None, *, strict: bool = True, rng: bool = False) -> Any:  # noqa: ANN401
+        """Fill a model and its optimizers in place, in parallel, and return the caller's extra state.
+
+        Args:
+            model: module or dictionary of tensors; on any devices.
+            optim: optimizer, several, or a state dict; what was passed to ``commit``. ``None``: weights only.
+            strict: refuse missing and unexpected names, and dtypes that differ. Shapes must always agree. Otherwise
+                what fits is restored, cast where dtypes differ.
+            rng: also set the states of the random number generators.
+
+        Raises:
+            RestoreMismatchError: lists every difference at once. Nothing was changed.
+            MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written;
+                the model and slots may be overwritten in part, so restore another step before training on.
+        """
+        documents = self._all_documents()
+        arrays, aliases = self._model_arrays()
+        stored = {name: _stored(array) for name, array in arrays.items()}
+        stored |= {name: stored[target] for name, target in aliases.items() if target in stored}
+        problems: list[str] = []
+        filling = plan_model(model, stored, problems, strict=strict)
+        pairs = [(arrays[aliases.get(name, name)], target) for name, target in filling.model.items()]
+        if optim is not None:
+            slots_stored = self._stored_optim(documents, aliases)
+            plan_optim(model, optim, slots_stored, problems, filling, lambda name, path: self._loader(name)(path))
+            pairs += [(self._array(self._layer_of(name), path), target) for name, path, target in filling.slots]
+        raise_mismatch(problems, f"the composite of step {self.step} on {self.commit.branch!r}")
+        plan_states(model, self._states(), lambda name, path: self._loader(name)(path), filling)
+        extra = self._extra_content()
+        read_arrays(self._objects, pairs)
+        for finish in filling.finish:
+            finish()
+        if rng and "rng" in extra:
+            set_rng_states(unpack(extra["rng"], self._extra_loader()))
+        return self.extra
+
+    def zarr(self) -> "zarr.Group":
+        """Return the whole composite as one read-only Zarr group: ``<layer>/<tensor>``, ``<layer>/@optim/<slot>/<tensor>``.
+
+        Names are escaped as in the root. Reading a chunk that is gone or damaged raises instead of giving fill values.
+        """
+        from tailorstore.storage.view import composite_group  # Zarr takes long to import, and few need it
+
+        documents = self._all_documents()
+        layers = {
+            layer_component(layer): (version_prefix(layer, document.version_id), document)
+            for layer, document in documents.items()
+        }
+        attributes = {
+            "commit": self.commit.id,
+            "branch": self.commit.branch,
+            "step": self.step,
+            "sources": self.sources,
+        }
+        return composite_group(self._objects, attributes, layers)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["safetensors", "torch"] = "safetensors",  # noqa: A002 - the word that people know
+        optim: bool = False,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the composite to one file; see :func:`export_safetensors` and :func:`export_torch`, also for errors.
+
+        Args:
+            path: of the file, which appears when it is complete.
+            format: ``"safetensors"``, or ``"torch"`` for ``torch.load``, which also has optimizer and extra state.
+            optim: also write optimizer state to safetensors.
+            overwrite: replace a file that is there.
+            progress: is told what is being done, how much is done and how much there is.
+        """
+        if format == "torch":
+            export_torch(self, path, overwrite=overwrite, progress=progress)
+        elif format == "safetensors":
+            export_safetensors(self, path, optim=optim, overwrite=overwrite, progress=progress)
+        else:
+            msg = f"unknown format {format!r}; use 'safetensors' or 'torch'"
+            raise InvalidInputError(msg)
+
+    def close(self) -> None:
+        """Give the lease back: GC may take what only this checkpoint holds. Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        for names in (self.model, self.optim):
+            if isinstance(names, LazyMapping):
+                names.forget()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> "Checkpoint":
+        """Return the checkpoint itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the commit."""
+        stale = sum(1 for steps in self.staleness.values() if steps)
+        return f"<Checkpoint step {self.step} on {self.commit.branch!r}, commit {self.commit.id}, {stale} of {len(self.sources)} layers older>"
+
+    def documents(self) -> Mapping[str, LayerDocument]:
+        """Return the document of every layer, ``@extra`` included; read at the first call."""
+        return MappingProxyType(self._all_documents())
+
+    # What follows turns documents into arrays; nothing above knows how they are laid out.
+
+    def _all_documents(self) -> dict[str, LayerDocument]:
+        if self._closed:
+            msg = f"the checkpoint of step {self.step} was closed; check it out again"
+            raise ClosedError(msg)
+        with self._lock:
+            if self._documents is None:
+                self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
+            return self._documents
+
+    def _array(self, layer: str, path: str) -> StoredArray:
+        document = self._all_documents()[layer]
+        return StoredArray(self._composite.versions[layer], document.arrays[path])
+
+    def _model_arrays(self) -> tuple[dict[str, StoredArray], dict[str, str]]:
+        arrays: dict[str, StoredArray] = {}
+        aliases: dict[str, str] = {}
+        for layer, document in self._layer_documents():
+            for kind in ("params", "buffers"):
+                arrays |= {name: self._array(layer, value["$array"]) for name, value in document.content[kind].items()}
+            aliases |= document.content["aliases"]
+        return arrays, aliases
+
+    def _layer_documents(self) -> list[tuple[str, LayerDocument]]:
+        return [(layer, document) for layer, document in self._all_documents().items() if layer != EXTRA_LAYER]
+
+    def _states(self) -> dict[str, Any]:
+        return {name: value for _, document in self._layer_documents() for name, value in document.content["states"].items()}
+
+    def _slots(self) -> dict[str, Mapping[str, Any]]:
+        return {name: held for _, document in self._layer_documents() for name, held in document.content["optim"].items()}
+
+    def _layer_of(self, name: str) -> str:
+        if self._owners is None:
+            self._owners = {
+                owned: layer
+                for layer, document in self._layer_documents()
+                for kind in ("params", "buffers", "states", "optim")
+                for owned in document.content[kind]
+            }
+        if name in self._owners:
+            return self._owners[name]
+        msg = f"the composite of step {self.step} has no tensor {name!r}"
+        raise LayerNotFoundError(msg)
+
+    def _stored_optim(self, documents: Mapping[str, LayerDocument], aliases: Mapping[str, str]) -> StoredOptim:
+        specs = {
+            name: {path: _stored(self._array(layer, path)) for path in _paths_in(held)}
+            for layer, document in documents.items()
+            if layer != EXTRA_LAYER
+            for name, held in document.content["optim"].items()
+        }
+        return StoredOptim(
+            groups=self._extra_part("param_groups", []),
+            shared=self._extra_part("shared", []),
+            slots=self._slots(),
+            specs=specs,
+            aliases=aliases,
+        )
+
+    def _extra_content(self) -> Mapping[str, Any]:
+        return self._all_documents()[EXTRA_LAYER].content if EXTRA_LAYER in self._composite.versions else {}
+
+    def _extra_part(self, part: str, default: Any) -> Any:  # noqa: ANN401
+        content = self._extra_content()
+        return unpack(content[part], self._extra_loader()) if part in content else default
+
+    def _extra_loader(self) -> Callable[[str], Tensor]:
+        return lambda path: read_array(self._objects, self._array(EXTRA_LAYER, path))
+
+    def _loader(self, name: str) -> Callable[[str], Tensor]:
+        return lambda path: read_array(self._objects, self._array(self._layer_of(name), path))
+
+    def _read_many(self, arrays: Mapping[Any, StoredArray]) -> dict[Any, Tensor]:
+        targets = {
+            key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()
+        }
+        read_arrays(self._objects, [(array, targets[key]) for key, array in arrays.items()])
+        return targets
+
+    def _lazy(self, array: StoredArray) -> LazyTensor:
+        spec = array.record.spec
+        objects = self._objects
+        return LazyTensor(
+            spec.shape,
+            DTYPES[spec.dtype],
+            array.version.layer,
+            array.version.step,
+            lambda box: read_array(objects, array, box),
+        )
+
+    def _model_entries(self) -> Mapping[str, LazyTensor]:
+        arrays, aliases = self._model_arrays()
+        found = {name: self._lazy(array) for name, array in arrays.items()}
+        return found | {name: found[target] for name, target in aliases.items()}
+
+    def _optim_entries(self) -> Mapping[str, Mapping[str, Any]]:
+        return {
+            name: {slot: self._lazy_slot(layer, value) for slot, value in held.items()}
+            for layer, document in self._layer_documents()
+            for name, held in document.content["optim"].items()
+        }
+
+    def _lazy_slot(self, layer: str, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict) and value.keys() == {"$scalar"}:
+            scalar = scalar_from_hex(*value["$scalar"])
+            return LazyTensor((), scalar.dtype, layer, self._composite.versions[layer].step, lambda _: scalar.clone())
+        return unpack(value, lambda path: self._lazy(self._array(layer, path)))
+
+
+def _stored(array: StoredArray) -> StoredTensor:
+    return StoredTensor(array.record.spec.shape, array.record.spec.dtype)
+
+
+def _paths_in(value: Any) -> list[str]:  # noqa: ANN401
+    """Return the paths of all arrays that a skeleton names."""
+    if isinstance(value, Mapping):
+        if len(value) == 1 and (path := value.get("$array", value.get("$ndarray"))) is not None and isinstance(path, str):
+            return [path]
+        return [path for item in value.values() for path in _paths_in(item)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [path for item in value for path in _paths_in(item)]
+    return []

@@ -1,0 +1,224 @@
+"""Garbage collection: drop commits that no policy keeps, sweep objects that nothing refers to.
+
+What may be deleted is decided by the catalog alone; the order is DESIGN.md, "Order of deleting": an object loses its
+standing first and is deleted after the grace period, so readers that hold no lease have that long to finish.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.names import COMMITS_PREFIX, LAYERS_PREFIX, REFS_PREFIX, is_id, layer_component, manifest_key
+from tailorstore.domain.records import Binding, GcReport, LayerVersion
+from tailorstore.domain.retention import RetentionPolicy, decide
+from tailorstore.engine.commit import check_binding
+from tailorstore.storage.transport import ObjectInfo, Objects
+
+logger = logging.getLogger("tailorstore")
+
+Progress = Callable[[str, int, int | None], None]
+"""Is told what is being done, how much of it is done, and how much there is (``None``: not known)."""
+
+_BATCH = 1000
+_CLOCK_SKEW = timedelta(minutes=5)
+
+
+@dataclass(slots=True)
+class _Found:
+    """Objects of one version that lie in storage."""
+
+    keys: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    newest: datetime | None = None
+    timeless: bool = False
+
+    def add(self, info: ObjectInfo) -> None:
+        self.keys.append(info.key)
+        self.size_bytes += info.size
+        if info.modified is None:
+            self.timeless = True
+        elif self.newest is None or info.modified > self.newest:
+            self.newest = info.modified
+
+
+@dataclass(slots=True)
+class _Tally:
+    deleted: int = 0
+    failed: int = 0
+    bytes_freed: int = 0
+    versions: int = 0
+    leftovers: int = 0
+
+
+def collect(
+    objects: Objects,
+    catalog: StoreCatalog,
+    binding: Binding,
+    policy: RetentionPolicy | None,
+    *,
+    dry_run: bool,
+    grace: timedelta,
+    progress: Progress | None = None,
+) -> GcReport:
+    """Expire commits by a policy, then sweep. Safe beside trainers, readers and other GC runs; safe to stop anywhere.
+
+    Args:
+        objects: the root.
+        catalog: the store's.
+        binding: what the root must say.
+        policy: which commits to keep; ``None`` keeps every commit and only sweeps.
+        dry_run: plan and report; change nothing.
+        grace: how long an object that nothing refers to is left alone.
+        progress: is told how far it is.
+
+    Raises:
+        RootTakenError: another catalog owns the root; nothing was deleted.
+        UnavailableError, AccessDeniedError: what was deleted by then had lost its standing; run it again.
+    """
+    if not isinstance(grace, timedelta) or grace < timedelta(0):
+        msg = f"grace must be a timedelta of at least 0, not {grace!r}"
+        raise InvalidInputError(msg)
+    tell = progress or (lambda *_: None)
+    check_binding(objects, binding)
+    if not dry_run:
+        catalog.void_lapsed()
+    tell("deciding", 0, None)
+    decision = decide(catalog.inventory(), policy)
+    ids = [commit.id for commit in decision.expired]
+    expired = catalog.preview(ids) if dry_run else catalog.expire(ids)
+    sweep = _Sweep(objects, catalog, binding, grace, dry_run=dry_run, tell=tell)
+    if not dry_run:
+        # The manifests go first: a catalog rebuilt in between must not find commits whose layers are being deleted.
+        sweep.delete([manifest_key(commit.id) for commit in expired.commits])
+    sweep.run()
+    dropped = {commit.id for commit in expired.commits}
+    spared = {commit_id: ("became protected meanwhile",) for commit_id in ids if commit_id not in dropped}
+    return GcReport(
+        dry_run=dry_run,
+        kept={**decision.kept, **spared},
+        expired=expired.commits,
+        versions_doomed=expired.versions_doomed,
+        bytes_doomed=expired.bytes_doomed,
+        versions_swept=sweep.tally.versions,
+        leftovers_swept=sweep.tally.leftovers,
+        objects_deleted=sweep.tally.deleted,
+        bytes_freed=sweep.tally.bytes_freed,
+        deletes_failed=sweep.tally.failed,
+        grace=grace,
+    )
+
+
+class _Sweep:
+    """Lists the root once, then deletes doomed versions and leftovers that are old enough."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        catalog: StoreCatalog,
+        binding: Binding,
+        grace: timedelta,
+        *,
+        dry_run: bool,
+        tell: Progress,
+    ) -> None:
+        self.tally = _Tally()
+        self._objects = objects
+        self._catalog = catalog
+        self._binding = binding
+        self._grace = grace
+        self._dry_run = dry_run
+        self._tell = tell
+
+    def run(self) -> None:
+        # The order matters: list first, ask the catalog after. A version announced since is in no listing, one
+        # announced before is known to the catalog, pending or published.
+        versions = self._list_versions()
+        documents = list(self._list_documents())
+        doomed = {(layer_component(v.layer), v.version_id): v for v in self._catalog.doomed(self._grace)}
+        unknown = self._catalog.unknown_versions(list(versions))
+        leftovers = [pair for pair in unknown if self._old_enough(versions[pair])]
+        self._sweep_doomed(doomed, versions)
+        for at in range(0, len(leftovers), _BATCH):
+            self._sweep_leftovers([versions[pair] for pair in leftovers[at : at + _BATCH]])
+        self._sweep_documents(documents)
+
+    def delete(self, keys: Sequence[str], size_bytes: int = 0) -> int:
+        """Delete keys in batches; return how many are left."""
+        if self._dry_run:
+            self.tally.bytes_freed += size_bytes
+            return 0
+        left = 0
+        for at in range(0, len(keys), _BATCH):
+            # Another catalog may take the root over at any time; what it refers to is not ours to delete.
+            check_binding(self._objects, self._binding)
+            batch = keys[at : at + _BATCH]
+            failures = self._objects.delete(batch)
+            left += len(failures)
+            self.tally.deleted += len(batch) - len(failures)
+            self.tally.failed += len(failures)
+            for failure in failures[:3]:
+                logger.warning("gc could not delete %s (%s); the next run tries again", failure.key, failure.reason)
+        if not left:
+            self.tally.bytes_freed += size_bytes
+        return left
+
+    def _list_versions(self) -> dict[tuple[str, str], _Found]:
+        found: dict[tuple[str, str], _Found] = defaultdict(_Found)
+        count = 0
+        for info in self._objects.list(LAYERS_PREFIX):
+            parts = info.key.split("/", 3)
+            count += 1
+            if count % 5000 == 0:
+                self._tell("listing objects", count, None)
+            # Anything else below layers/ is not ours: whoever put it there may delete it.
+            if len(parts) == 4 and is_id(parts[2]):  # noqa: PLR2004 - layers/<layer>/<version>/…
+                found[parts[1], parts[2]].add(info)
+        return dict(found)
+
+    def _list_documents(self) -> Iterable[ObjectInfo]:
+        for prefix in (COMMITS_PREFIX, REFS_PREFIX):
+            for info in self._objects.list(prefix):
+                if is_id(info.key.removeprefix(prefix).removesuffix(".json")):
+                    yield info
+
+    def _old_enough(self, found: _Found) -> bool:
+        # Where storage does not say how old an object is, it stays.
+        if found.timeless or found.newest is None:
+            return False
+        skew = _CLOCK_SKEW if self._grace else timedelta(0)
+        return datetime.now(UTC) - found.newest >= self._grace + skew
+
+    def _sweep_doomed(
+        self, doomed: dict[tuple[str, str], LayerVersion], versions: dict[tuple[str, str], _Found]
+    ) -> None:
+        gone: list[LayerVersion] = []
+        for done, (pair, version) in enumerate(doomed.items(), start=1):
+            found = versions.get(pair, _Found())
+            self._tell("sweeping versions", done, len(doomed))
+            if self.delete(found.keys, found.size_bytes) == 0:
+                gone.append(version)
+        self.tally.versions = len(gone)
+        if not self._dry_run and gone:
+            self._catalog.bury(gone)
+
+    def _sweep_leftovers(self, batch: list[_Found]) -> None:
+        for found in batch:
+            if self.delete(found.keys, found.size_bytes) == 0:
+                self.tally.leftovers += 1
+
+    def _sweep_documents(self, documents: list[ObjectInfo]) -> None:
+        """Delete manifests of commits that were never published or have been expired."""
+        manifests = {
+            info.key.removeprefix(COMMITS_PREFIX).removesuffix(".json"): info
+            for info in documents
+            if info.key.startswith(COMMITS_PREFIX)
+        }
+        for commit_id in self._catalog.unknown_commits(list(manifests)):
+            found = _Found()
+            found.add(manifests[commit_id])
+            if self._old_enough(found) and self.delete(found.keys, found.size_bytes) == 0:
+                self.tally.leftovers += 1

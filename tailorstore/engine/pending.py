@@ -1,0 +1,80 @@
+"""A commit that is carried out behind the caller's back."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from tailorstore.domain.errors import UnavailableError
+from tailorstore.domain.records import Commit
+
+logger = logging.getLogger("tailorstore")
+
+
+class PendingCommit:
+    """A commit under way. The state was copied already: the model may change.
+
+    The thread that carries it out is no daemon, so that a program that ends waits for its last commit.
+    """
+
+    def __init__(self, step: int, branch: str, carry_out: Callable[[], Commit]) -> None:
+        """Start carrying it out."""
+        self.step = step
+        self.branch = branch
+        self._commit: Commit | None = None
+        self._error: BaseException | None = None
+        self._told = False
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(carry_out,), name=f"tailorstore-commit-{step}", daemon=False)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Tell whether it has been published or has failed."""
+        return self._finished.is_set()
+
+    def result(self, timeout: float | None = None) -> Commit:
+        """Wait for the publication and return the commit.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: it is still under way.
+            TailorError: it failed, as ``Store.commit`` would have.
+        """
+        if not self._finished.wait(timeout):
+            msg = f"the commit of step {self.step} on {self.branch!r} is still being written after {timeout} s"
+            raise TimeoutError(msg)
+        if self._error is not None:
+            self._told = True
+            raise self._error
+        if self._commit is None:
+            msg = f"the commit of step {self.step} on {self.branch!r} ended without a result"
+            raise UnavailableError(msg)
+        return self._commit
+
+    def wait(self) -> None:
+        """Wait until it has been published or has failed."""
+        self._finished.wait()
+
+    def settle(self) -> None:
+        """Wait; raise its error if nobody has seen that yet."""
+        self._finished.wait()
+        self._thread.join()
+        if self._error is not None and not self._told:
+            self._told = True
+            raise self._error
+
+    def _run(self, carry_out: Callable[[], Commit]) -> None:
+        try:
+            self._commit = carry_out()
+        except BaseException as error:  # noqa: BLE001 - kept for whoever asks
+            # Logged at once as well: a program that ends without asking would never see it.
+            logger.error("the commit of step %d on %r failed: %s", self.step, self.branch, error)  # noqa: TRY400
+            self._error = error
+        finally:
+            self._finished.set()
+
+    def __repr__(self) -> str:
+        """Say how it stands."""
+        state = "under way" if not self.done() else "failed" if self._error else "published"
+        return f"<PendingCommit step {self.step} on {self.branch!r}, {state}>"

@@ -1,0 +1,188 @@
+"""What a commit will write: decided before a byte leaves the device. No I/O."""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, SupportsFloat
+
+from tailorstore.domain.errors import InvalidInputError, ModelMismatchError
+from tailorstore.domain.mask import LayerState, Mask, MaskContext, resolve_mask
+from tailorstore.domain.records import EXTRA_LAYER, ArraySpec, Composite, LayerDocument
+from tailorstore.engine.tensors.capture import Capture, LayerCapture
+from tailorstore.engine.tensors.memory import dtype_name
+from tailorstore.storage.documents import choose_chunks
+from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.layers import canonical_json
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How tensors become arrays; settings of a store."""
+
+    chunk_bytes: int
+    codec: str
+
+    def spec(self, shape: tuple[int, ...], dtype: str) -> ArraySpec:
+        """Return the layout of one tensor."""
+        return ArraySpec(dtype, shape, choose_chunks(shape, itemsize(dtype), self.chunk_bytes), self.codec)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    """One layer that a commit is to write, or to find unchanged."""
+
+    capture: LayerCapture
+    specs: dict[str, ArraySpec]
+    known: LayerDocument | None
+    """The version of the layer that the branch has, where it could be equal to what is to be written."""
+
+
+def check_step(step: object) -> int:
+    """Return a step as a plain integer.
+
+    Raises:
+        InvalidInputError: not a whole number, or negative.
+    """
+    try:
+        if isinstance(step, bool):
+            raise TypeError
+        number = operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        msg = f"step must be a whole number, not {step!r}"
+        raise InvalidInputError(msg) from None
+    if not 0 <= number < 2**63:
+        msg = f"step must be between 0 and 2**63 - 1, not {number}"
+        raise InvalidInputError(msg)
+    return number
+
+
+def check_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float]:
+    """Return metrics as plain floats; NaN and infinities are welcome.
+
+    Raises:
+        InvalidInputError: a name that is no string, or a value that is no number.
+    """
+    found = {}
+    for name, value in (metrics or {}).items():
+        try:
+            if not isinstance(name, str) or isinstance(value, str):
+                raise TypeError
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            msg = f"metric {name!r} is {value!r}; metrics map names to numbers"
+            raise InvalidInputError(msg) from None
+    return found
+
+
+def due_layers(
+    capture: Capture,
+    mask: Mask,
+    *,
+    branch: str,
+    step: int,
+    head: Composite | None,
+    documents: Mapping[str, LayerDocument],
+) -> list[str]:
+    """Return the layers to write: those that the mask names, and those that the branch does not have as they are.
+
+    Args:
+        capture: the live state.
+        mask: the caller's.
+        branch: to commit on.
+        step: to commit at.
+        head: the branch's newest composite; ``None`` before its first commit.
+        documents: of every layer of ``head``.
+
+    Raises:
+        MaskError: the mask names an unknown layer.
+        ModelMismatchError: the model's tensors or shapes are not those of the branch.
+    """
+    sources = head.sources if head else {}
+    states = {
+        name: LayerState(name, layer.nbytes, sources.get(name)) for name, layer in capture.layers.items()
+    }
+    context = MaskContext(branch=branch, step=step, layers=states, tied=capture.tied)
+    chosen = resolve_mask(mask, context)
+    if head is None:
+        return list(capture.layers)
+    stored = {name: document for name, document in documents.items() if name != EXTRA_LAYER}
+    check_same_model(capture, stored, branch=branch, head=head)
+    return [
+        name for name, layer in capture.layers.items() if name in chosen or _has_new_kind(layer, stored[name])
+    ]
+
+
+def check_same_model(
+    capture: Capture, stored: Mapping[str, LayerDocument], *, branch: str, head: Composite
+) -> None:
+    """Compare a model's layers, tensors and shapes with those of a branch.
+
+    Raises:
+        ModelMismatchError: names what differs.
+    """
+    problems = [f"layer {name!r} is new" for name in capture.layers if name not in stored]
+    problems += [f"layer {name!r} is gone" for name in stored if name not in capture.layers]
+    for name in [name for name in capture.layers if name in stored]:
+        now = _weight_shapes(capture.layers[name].content, {path: tuple(t.shape) for path, t in capture.layers[name].arrays.items()})
+        then = _weight_shapes(stored[name].content, {path: r.spec.shape for path, r in stored[name].arrays.items()})
+        problems += [f"tensor {tensor!r} is new in layer {name!r}" for tensor in now if tensor not in then]
+        problems += [f"tensor {tensor!r} is gone from layer {name!r}" for tensor in then if tensor not in now]
+        problems += [
+            f"tensor {tensor!r} has shape {now[tensor]}, was {then[tensor]}"
+            for tensor in now
+            if tensor in then and now[tensor] != then[tensor]
+        ]
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+        msg = (
+            f"the model is not the one of branch {branch!r} (head: step {head.commit.step}): {shown}. Commit it on a new"
+            " branch: open_store(..., branch='NEW') starts one"
+        )
+        raise ModelMismatchError(msg)
+
+
+def _weight_shapes(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shapes[value["$array"]] for kind in ("params", "buffers") for name, value in content[kind].items()}
+
+
+def _has_new_kind(layer: LayerCapture, stored: LayerDocument) -> bool:
+    """Whether a layer has slots or dtypes that its stored version has not: leaving it would mix two kinds of state."""
+    live = {path: (tuple(tensor.shape), dtype_name(tensor.dtype, path)) for path, tensor in layer.arrays.items()}
+    kept = {path: (record.spec.shape, record.spec.dtype) for path, record in stored.arrays.items()}
+    if any(kept.get(path) != described for path, described in live.items()):
+        return True
+    optim, stored_optim = layer.content["optim"], stored.content["optim"]
+    return any(slots.keys() - stored_optim.get(name, {}).keys() for name, slots in optim.items())
+
+
+def plan_layer(layer: LayerCapture, layout: Layout, stored: LayerDocument | None) -> PlannedLayer:
+    """Lay a layer's tensors out, and tell whether its stored version could be equal."""
+    specs = {
+        path: layout.spec(tuple(tensor.shape), dtype_name(tensor.dtype, path)) for path, tensor in layer.arrays.items()
+    }
+    same = (
+        stored is not None
+        and stored.fidelity == "full"
+        and _same_content(stored.content, layer.content)
+        and stored.arrays.keys() == specs.keys()
+        and all(_same_elements(stored.arrays[path].spec, spec) for path, spec in specs.items())
+    )
+    return PlannedLayer(layer, specs, stored if same else None)
+
+
+def _same_content(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two skeletons are the same to the bit: to Python, ``1 == 1.0`` and ``0.0 == -0.0``."""
+    return a == b and canonical_json(a) == canonical_json(b)
+
+
+def _same_elements(a: ArraySpec, b: ArraySpec) -> bool:
+    """Whether chunk digests of two layouts can be compared: the codec does not matter."""
+    return (a.dtype, a.shape, a.chunk_shape) == (b.dtype, b.shape, b.chunk_shape)
+
+
+def planned_bytes(specs: Mapping[str, ArraySpec]) -> int:
+    """Return the logical size of some arrays in bytes."""
+    return sum(math.prod(spec.shape) * itemsize(spec.dtype) for spec in specs.values())

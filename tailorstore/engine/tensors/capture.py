@@ -1,0 +1,300 @@
+"""What there is to save: tensors of a model and slots of its optimizers, sorted into layers.
+
+Nothing is copied here: a capture holds the live tensors themselves, and a JSON skeleton that says where each belongs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tailorstore.domain.errors import ExtraStateError, InvalidInputError
+from tailorstore.domain.names import LayerRule, escape
+from tailorstore.domain.records import EXTRA_LAYER
+from tailorstore.engine.tensors.memory import check_storable, nbytes
+from tailorstore.engine.tensors.packing import Arrays, Packer
+
+OPTIM_FOLDER = "@optim/"
+STATE_FOLDER = "@state/"
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor]
+OptimizerLike = torch.optim.Optimizer | Mapping[str, Any]
+Optim = None | OptimizerLike | Sequence[OptimizerLike]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCapture:
+    """One layer's live state."""
+
+    name: str
+    content: dict[str, Any]
+    """Skeleton: ``params``, ``buffers``, ``states``, ``optim`` (parameter → slot → value) and ``aliases``."""
+    arrays: Arrays
+    """Array path → live tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(nbytes(tensor) for tensor in self.arrays.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A model's and its optimizers' live state."""
+
+    layers: dict[str, LayerCapture]
+    """In the model's order; without ``@extra``."""
+    tied: dict[str, str]
+    """Layers that hold nothing but tied tensors → the layer that stores those."""
+    param_groups: list[Any]
+    """Per optimizer, its groups with options packed and parameters by name; empty without optimizers."""
+    shared: list[Any]
+    """Per optimizer, state that belongs to no parameter; ``None`` where there is none."""
+    shared_arrays: Arrays = field(default_factory=dict)
+    """Arrays of ``param_groups`` and ``shared``: they go into ``@extra``."""
+
+
+def unwrap(model: Model) -> Model:
+    """Return the module inside ``torch.compile`` and DistributedDataParallel wrappers."""
+    while isinstance(model, torch.nn.Module):
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel | torch.nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = inner
+        else:
+            break
+    return model
+
+
+def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return a model's tensors by full name, and what else its state dict holds (``get_extra_state``).
+
+    Names inside compiled submodules lose their ``_orig_mod`` parts, so that compiling never changes a layer's name.
+
+    Raises:
+        InvalidInputError: not a model, or an empty one, or a dictionary that does not map names to tensors.
+    """
+    model = unwrap(model)
+    if isinstance(model, torch.nn.Module):
+        entries: Mapping[str, Any] = model.state_dict(keep_vars=True)
+    elif isinstance(model, Mapping):
+        entries = model
+    else:
+        msg = f"model must be a torch.nn.Module or a dictionary of tensors, not {type(model).__name__}"
+        raise InvalidInputError(msg)
+    tensors: dict[str, torch.Tensor] = {}
+    states: dict[str, Any] = {}
+    for name, value in entries.items():
+        if not isinstance(name, str):
+            msg = f"model maps {name!r} to a tensor; names must be strings"
+            raise InvalidInputError(msg)
+        clean = name.replace("_orig_mod.", "")
+        if isinstance(value, torch.Tensor):
+            check_storable(value, clean)
+            tensors[clean] = value
+        elif isinstance(model, torch.nn.Module):
+            states[clean] = value
+        else:
+            msg = f"model entry {name!r} is a {type(value).__name__}, not a tensor; other state goes into extra="
+            raise InvalidInputError(msg)
+    if not tensors and not states:
+        msg = "the model holds no tensors: nothing to commit or to restore into"
+        raise InvalidInputError(msg)
+    return tensors, states
+
+
+def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return name → the first name that shares exactly its memory (tied parameters)."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.is_conj())
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+    return aliases
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a module's parameter rather than a buffer."""
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def optimizers_of(optim: Optim) -> list[OptimizerLike]:
+    """Return the optimizers or optimizer state dicts that were passed, as a list.
+
+    Raises:
+        InvalidInputError: something that is neither.
+    """
+    if optim is None:
+        return []
+    found = list(optim) if isinstance(optim, Sequence) and not isinstance(optim, str) else [optim]
+    unwrapped = []
+    for item in found:
+        # accelerate, lightning and others wrap the real optimizer in an attribute of this name.
+        inner = getattr(item, "optimizer", item)
+        if not isinstance(inner, torch.optim.Optimizer | Mapping):
+            msg = f"optim must be torch optimizers or state dicts keyed by parameter name, not {type(item).__name__}"
+            raise InvalidInputError(msg)
+        unwrapped.append(inner)
+    return unwrapped
+
+
+def capture(model: Model, optim: Optim, rule: LayerRule) -> Capture:
+    """Sort a model's tensors and its optimizers' slots into layers. Copies nothing.
+
+    Args:
+        model: module or flat dictionary of tensors.
+        optim: optimizer, several, state dict keyed by parameter name, or ``None``.
+        rule: tensor name → layer name.
+
+    Raises:
+        InvalidInputError: a tensor or slot that cannot be stored, an optimizer parameter that the model does not
+            have, or a layer named ``@extra``.
+    """
+    tensors, states = model_tensors(model)
+    aliases = find_aliases(tensors)
+    sorter = _Sorter(rule)
+    for name, tensor in tensors.items():
+        if name in aliases:
+            sorter.add_alias(name, aliases[name])
+        else:
+            sorter.add_tensor(name, tensor)
+    for name, value in states.items():
+        sorter.add_state(name, value)
+    names = {id(tensor): aliases.get(name, name) for name, tensor in reversed(tensors.items())}
+    names |= {id(tensor): name for name, tensor in tensors.items() if name not in aliases}
+    extra = Packer()
+    groups, shared = [], []
+    for number, optimizer in enumerate(optimizers_of(optim)):
+        named = _named_state(optimizer, names, tensors, number)
+        for name, slots in named.state.items():
+            sorter.add_slots(aliases.get(name, name), slots, number)
+        groups.append(extra.pack(named.groups, f"optim.{number}.groups"))
+        shared.append(extra.pack(named.shared, f"optim.{number}.shared") if named.shared else None)
+    layers = sorter.layers()
+    tied = {rule(name): rule(target) for name, target in aliases.items() if rule(name) not in layers}
+    return Capture(layers, tied, groups, shared, extra.arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class _NamedState:
+    state: dict[str, Mapping[str, Any]]
+    groups: list[dict[str, Any]]
+    shared: dict[str, Any]
+
+
+def _named_state(
+    optimizer: OptimizerLike, names: Mapping[int, str], tensors: Mapping[str, torch.Tensor], number: int
+) -> _NamedState:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        groups = []
+        for at, group in enumerate(optimizer.param_groups):
+            members = [_name_of(param, names, f"optimizer {number}, group {at}, item {i}") for i, param in enumerate(group["params"])]
+            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": members})
+        state = {names[id(key)]: slots for key, slots in optimizer.state.items() if id(key) in names}
+        shared = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        return _NamedState(state, groups, shared)
+    by_name = optimizer["state"] if "state" in optimizer and "param_groups" in optimizer else optimizer
+    for name, slots in by_name.items():
+        if name not in tensors or not isinstance(slots, Mapping):
+            msg = (
+                f"optimizer state dict {number} has an entry {name!r} that is no parameter of the model; key it by"
+                " parameter name, as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict does"
+            )
+            raise InvalidInputError(msg)
+    groups = [dict(group) for group in optimizer["param_groups"]] if by_name is not optimizer else []
+    return _NamedState(dict(by_name), groups, {})
+
+
+def _name_of(param: torch.Tensor, names: Mapping[int, str], where: str) -> str:
+    try:
+        return names[id(param)]
+    except KeyError:
+        msg = f"{where}: a parameter of shape {tuple(param.shape)} is not a tensor of the model; pass the model it trains"
+        raise InvalidInputError(msg) from None
+
+
+class _Sorter:
+    """Gathers tensors, slots and aliases into layers."""
+
+    def __init__(self, rule: LayerRule) -> None:
+        self._rule = rule
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._packers: dict[str, Packer] = {}
+
+    def layers(self) -> dict[str, LayerCapture]:
+        return {name: LayerCapture(name, self._contents[name], self._packers[name].arrays) for name in self._contents}
+
+    def _layer(self, tensor_name: str) -> tuple[dict[str, Any], Packer]:
+        layer = self._rule(tensor_name)
+        if not isinstance(layer, str):
+            msg = f"the layer rule gave {layer!r} for {tensor_name!r}; it must give a string"
+            raise InvalidInputError(msg)
+        if layer == EXTRA_LAYER:
+            msg = f"tensor {tensor_name!r} would be in a layer named {EXTRA_LAYER}, which is tailorstore's own; rename it"
+            raise InvalidInputError(msg)
+        empty: dict[str, Any] = {"params": {}, "buffers": {}, "states": {}, "optim": {}, "aliases": {}}
+        return self._contents.setdefault(layer, empty), self._packers.setdefault(layer, Packer())
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        content, packer = self._layer(name)
+        kind = "params" if is_parameter(tensor) else "buffers"
+        content[kind][name] = packer.pack(tensor, name, array_path=escape(name))
+
+    def add_alias(self, name: str, target: str) -> None:
+        content, _ = self._layer(target)
+        content["aliases"][name] = target
+
+    def add_state(self, name: str, value: Any) -> None:  # noqa: ANN401
+        content, packer = self._layer(name)
+        content["states"][name] = _pack_state(packer, value, name)
+
+    def add_slots(self, name: str, slots: Mapping[str, Any], number: int) -> None:
+        content, packer = self._layer(name)
+        if name in content["optim"]:
+            msg = f"parameter {name!r} has state in two optimizers (the second is number {number}); each may have one"
+            raise InvalidInputError(msg)
+        content["optim"][name] = {
+            _slot_name(slot, name): _pack_slot(packer, name, slot, value) for slot, value in slots.items()
+        }
+
+
+def _slot_name(slot: object, name: str) -> str:
+    if not isinstance(slot, str) or slot.startswith("$"):
+        msg = f"optimizer state of {name!r} has a slot {slot!r}; slots must be strings that do not begin with $"
+        raise InvalidInputError(msg)
+    return slot
+
+
+def _pack_slot(packer: Packer, name: str, slot: str, value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        return packer.pack(value, f"{slot} of {name}", array_path=f"{OPTIM_FOLDER}{escape(slot)}/{escape(name)}")
+    nested = Packer(f"{OPTIM_FOLDER}{escape(slot)}/")
+    packed = nested.pack(value, name)
+    packer.arrays.update(nested.arrays)
+    return packed
+
+
+def _pack_state(packer: Packer, value: Any, name: str) -> Any:  # noqa: ANN401
+    nested = Packer(STATE_FOLDER)
+    try:
+        packed = nested.pack(value, name)
+    except ExtraStateError as error:
+        msg = f"{error} (returned by the module's get_extra_state)"
+        raise ExtraStateError(msg) from error
+    packer.arrays.update(nested.arrays)
+    return packed
+
+
+def named_tensors(items: Iterable[LayerCapture]) -> dict[str, torch.Tensor]:
+    """Return full tensor name → tensor for parameters and buffers of some layers."""
+    found = {}
+    for layer in items:
+        for kind in ("params", "buffers"):
+            found |= {name: layer.arrays[value["$array"]] for name, value in layer.content[kind].items()}
+    return found

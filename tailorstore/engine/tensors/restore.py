@@ -1,0 +1,258 @@
+"""Where stored values go: a model's tensors and an optimizer's slots, compared first, then filled in place."""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tailorstore.domain.errors import InvalidInputError, RestoreMismatchError
+from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike, find_aliases, model_tensors, optimizers_of, unwrap
+from tailorstore.engine.tensors.memory import DTYPES
+from tailorstore.engine.tensors.packing import unpack
+
+_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What is stored under a tensor's name, as far as a comparison needs it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class Filling:
+    """Which tensors to fill from which arrays, and what to do once all are filled."""
+
+    model: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Stored tensor name → the tensor it is read into."""
+    slots: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
+    """(parameter name, array path, tensor) of every optimizer slot that is an array."""
+    finish: list[Callable[[], None]] = field(default_factory=list)
+    """To be called in order after the last read: puts slots, options and scalars in place."""
+
+
+def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[str], *, strict: bool) -> Filling:
+    """Match a model's tensors with stored ones by name.
+
+    Args:
+        model: what is to be filled.
+        stored: every stored name, aliases included.
+        problems: every difference is added here.
+        strict: also count missing and unexpected names, and other dtypes, as differences.
+    """
+    tensors, _ = model_tensors(model)
+    filling = Filling()
+    aliases = find_aliases(tensors)
+    if strict:
+        problems += [f"missing: {name} {list(tensor.shape)} is not in the composite" for name, tensor in tensors.items() if name not in stored]
+        problems += [f"unexpected: {name} {list(known.shape)} is not in the model" for name, known in stored.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in stored or name in aliases:
+            continue
+        known = stored[name]
+        if tuple(tensor.shape) != known.shape:
+            problems.append(f"shape: {name} is {list(tensor.shape)} in the model, {list(known.shape)} in the composite")
+        elif strict and tensor.dtype != DTYPES[known.dtype]:
+            mine = str(tensor.dtype).removeprefix("torch.")
+            problems.append(f"dtype: {name} is {mine} in the model, {known.dtype} in the composite")
+        else:
+            filling.model[name] = tensor.detach()
+    return filling
+
+
+def plan_states(model: Model, states: Mapping[str, Any], load: Callable[[str, str], Any], filling: Filling) -> None:
+    """Arrange for modules with ``set_extra_state`` to be given theirs back."""
+    module = unwrap(model)
+    if not isinstance(module, torch.nn.Module):
+        return
+    for name, value in states.items():
+        owner = name.removesuffix("_extra_state").removesuffix(".")
+        filling.finish.append(lambda owner=owner, name=name, value=value: module.get_submodule(owner).set_extra_state(unpack(value, lambda path: load(name, path))))  # type: ignore[misc]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOptim:
+    """What a composite holds of optimizers."""
+
+    groups: Sequence[Sequence[Mapping[str, Any]]]
+    """Per optimizer, its groups: options, and ``params`` as names."""
+    shared: Sequence[Mapping[Any, Any] | None]
+    slots: Mapping[str, Mapping[str, Any]]
+    """Parameter name → slot → packed value."""
+    specs: Mapping[str, Mapping[str, StoredTensor]]
+    """Parameter name → array path → what is stored there."""
+    aliases: Mapping[str, str]
+
+
+def plan_optim(
+    model: Model, optim: Optim, stored: StoredOptim, problems: list[str], filling: Filling, load: Callable[[str, str], Any]
+) -> None:
+    """Match optimizers with stored ones, group by group and parameter by parameter.
+
+    Args:
+        model: whose parameters the optimizers hold.
+        optim: what was passed to ``restore``.
+        stored: what the composite holds.
+        problems: every difference is added here.
+        filling: what to read and do is added here; nothing is changed before its ``finish`` runs.
+        load: reads an array (parameter name, path) that is no plain slot.
+    """
+    optimizers = optimizers_of(optim)
+    if optimizers and not stored.groups and not stored.slots:
+        problems.append("missing: the composite holds no optimizer state (it was committed without optim)")
+        return
+    if stored.groups and len(optimizers) != len(stored.groups):
+        problems.append(f"optimizers: {len(optimizers)} passed, {len(stored.groups)} in the composite")
+        return
+    tensors, _ = model_tensors(model)
+    names = {id(tensor): stored.aliases.get(name, name) for name, tensor in reversed(tensors.items())}
+    for number, optimizer in enumerate(optimizers):
+        groups = stored.groups[number] if stored.groups else []
+        if isinstance(optimizer, torch.optim.Optimizer):
+            plan = _OptimizerPlan(optimizer, number, names, stored, filling, load)
+            plan.match(groups, problems)
+            shared = stored.shared[number] if stored.shared else None
+            if shared:
+                filling.finish.append(lambda optimizer=optimizer, shared=shared: optimizer.state.update(shared))  # type: ignore[misc]
+        else:
+            _fill_state_dict(optimizer, groups, stored, filling, load)
+
+
+class _OptimizerPlan:
+    """Fills one torch optimizer by writing its ``state`` directly.
+
+    ``Optimizer.load_state_dict`` would cast floating state to the parameter's dtype and lose bits.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        number: int,
+        names: Mapping[int, str],
+        stored: StoredOptim,
+        filling: Filling,
+        load: Callable[[str, str], Any],
+    ) -> None:
+        self._optimizer = optimizer
+        self._number = number
+        self._names = names
+        self._stored = stored
+        self._filling = filling
+        self._load = load
+
+    def match(self, groups: Sequence[Mapping[str, Any]], problems: list[str]) -> None:
+        mine = [[self._names.get(id(param)) for param in group["params"]] for group in self._optimizer.param_groups]
+        theirs = [list(group["params"]) for group in groups]
+        if groups and mine != theirs:
+            problems.append(f"optimizer {self._number}: {_groups_differ(mine, theirs)}")
+            return
+        for at, group in enumerate(self._optimizer.param_groups):
+            for name, param in zip(mine[at], group["params"], strict=True):
+                if name is not None:
+                    self._plan_param(name, param, group)
+            if groups:
+                options = {key: value for key, value in groups[at].items() if key != "params"}
+                self._filling.finish.append(lambda group=group, options=options: group.update(options))  # type: ignore[misc]
+
+    def _plan_param(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> None:
+        slots = self._stored.slots.get(name)
+        if not slots:
+            self._filling.finish.append(lambda: self._optimizer.state.pop(param, None))
+            return
+        current = self._optimizer.state.get(param, {})
+        on_device = bool(group.get("capturable")) or bool(group.get("fused"))
+        fresh: dict[str, Any] = {}
+        for slot, value in slots.items():
+            path = value.get("$array") if isinstance(value, dict) and len(value) == 1 else None
+            if path is None:
+                device = _device_of(current.get(slot), param.device if on_device else torch.device("cpu"))
+                self._filling.finish.append(self._scalar(fresh, slot, name, value, device))
+                continue
+            known = self._stored.specs[name][path]
+            reused = _reusable(current.get(slot), known)
+            fresh[slot] = (
+                torch.empty(known.shape, dtype=DTYPES[known.dtype], device=param.device) if reused is None else reused
+            )
+            self._filling.slots.append((name, path, fresh[slot]))
+        order = list(slots)
+        self._filling.finish.append(
+            lambda: self._optimizer.state.__setitem__(param, {slot: fresh[slot] for slot in order})
+        )
+
+    def _scalar(
+        self, fresh: dict[str, Any], slot: str, name: str, value: Any, device: torch.device  # noqa: ANN401
+    ) -> Callable[[], None]:
+        def finish() -> None:
+            found = unpack(value, lambda path: self._load(name, path))
+            fresh[slot] = found.to(device) if isinstance(found, torch.Tensor) else found
+
+        return finish
+
+
+def _reusable(current: object, known: StoredTensor) -> torch.Tensor | None:
+    if type(current) is not torch.Tensor:
+        return None
+    fits = tuple(current.shape) == known.shape and current.dtype == DTYPES[known.dtype]
+    return current if fits else None
+
+
+def _device_of(current: object, default: torch.device) -> torch.device:
+    return current.device if isinstance(current, torch.Tensor) else default
+
+
+def _groups_differ(mine: list[list[str | None]], theirs: list[list[str]]) -> str:
+    if len(mine) != len(theirs):
+        return f"{len(mine)} parameter groups, {len(theirs)} in the composite"
+    notes = []
+    for at, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        missing = [name for name in here if name not in there]
+        unexpected = [name for name in there if name not in here]
+        notes += [f"group {at} has {name}, the composite's has not" for name in missing]
+        notes += [f"group {at} lacks {name}, the composite's has it" for name in unexpected]
+        if here != there and not missing and not unexpected:
+            notes.append(f"group {at} holds its parameters in another order")
+    return "; ".join(notes)
+
+
+def _fill_state_dict(
+    target: OptimizerLike,
+    groups: Sequence[Mapping[str, Any]],
+    stored: StoredOptim,
+    filling: Filling,
+    load: Callable[[str, str], Any],
+) -> None:
+    if not isinstance(target, MutableMapping):
+        msg = f"an optimizer state dict to restore into must be a mutable mapping, not {type(target).__name__}"
+        raise InvalidInputError(msg)
+    wrapped = "state" in target and "param_groups" in target
+
+    def finish() -> None:
+        state = {name: {slot: unpack(value, lambda path, name=name: load(name, path)) for slot, value in slots.items()} for name, slots in stored.slots.items()}  # type: ignore[misc]
+        if wrapped:
+            target["state"] = state
+            target["param_groups"] = [dict(group) for group in groups]
+        else:
+            target.clear()
+            target.update(state)
+
+    filling.finish.append(finish)
+
+
+def raise_mismatch(problems: list[str], what: str) -> None:
+    """Raise one error that lists every difference, if there are any.
+
+    Raises:
+        RestoreMismatchError: there are differences. Nothing was changed.
+    """
+    if not problems:
+        return
+    shown = "\n  ".join(problems[:_SHOWN])
+    more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    msg = (
+        f"{what} does not fit the model or optimizer (nothing was changed):\n  {shown}{more}\n"
+        "Pass strict=False to restore what fits by name and shape."
+    )
+    raise RestoreMismatchError(msg)

@@ -1,0 +1,132 @@
+"""Verification: read every object of a composite, or of the whole store, and compare it with its digest."""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.chunks import Chunk, chunks_of
+from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, FormatTooNewError, MissingObjectError
+from tailorstore.domain.names import version_prefix
+from tailorstore.domain.records import ArrayRecord, Damage, LayerVersion, VerifyReport
+from tailorstore.engine.gc import Progress
+from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
+from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.layers import GROUP_DOCUMENT, load_document, object_key, read_chunk
+from tailorstore.storage.transport import Objects
+
+_BUDGET_BYTES = 256 << 20
+
+
+@dataclass(slots=True)
+class _Findings:
+    damages: list[Damage] = field(default_factory=list)
+    objects: int = 0
+    bytes_read: int = 0
+    versions_done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def verify(
+    objects: Objects, catalog: StoreCatalog, versions: Iterable[LayerVersion], progress: Progress | None = None
+) -> VerifyReport:
+    """Read every object of some layer versions in parallel; damage is reported, never raised.
+
+    Args:
+        objects: the root.
+        catalog: says which commits hold a damaged version.
+        versions: what to read.
+        progress: is told how many versions are done.
+
+    Raises:
+        UnavailableError, AccessDeniedError: storage or catalog cannot be read at all.
+    """
+    versions = list(versions)
+    findings = _Findings()
+    tell = progress or (lambda *_: None)
+    run_jobs([_VersionCheck(objects, version, findings, tell, len(versions)).open for version in versions], objects.workers)
+    damages = []
+    for damage in sorted(findings.damages, key=lambda found: (found.step, found.layer, found.key)):
+        version_id = damage.key.split("/")[2]
+        holding = tuple(commit.id for commit in catalog.commits_holding(damage.layer, version_id))
+        damages.append(Damage(damage.kind, damage.layer, damage.step, damage.key, damage.detail, holding))
+    return VerifyReport(len(versions), findings.objects, findings.bytes_read, tuple(damages))
+
+
+class _VersionCheck:
+    """Checks one layer version; its jobs may run on any threads."""
+
+    _budget = MemoryBudget(_BUDGET_BYTES)
+
+    def __init__(self, objects: Objects, version: LayerVersion, findings: _Findings, tell: Progress, total: int) -> None:
+        self._objects = objects
+        self._version = version
+        self._findings = findings
+        self._tell = tell
+        self._total = total
+        self._left = 0
+
+    def open(self) -> list[Job]:
+        """Read the document; return the jobs that read the chunks."""
+        prefix = version_prefix(self._version.layer, self._version.version_id)
+        key = prefix + GROUP_DOCUMENT
+        try:
+            document = load_document(self._objects, self._version)
+        except MissingObjectError as error:
+            self._report("missing", key, str(error))
+            return self._done()
+        except (CorruptDocumentError, FormatTooNewError) as error:
+            self._report("document", key, str(error))
+            return self._done()
+        jobs: list[Job] = []
+        for path, record in document.arrays.items():
+            jobs.append(self._document_job(f"{prefix}{path}/{GROUP_DOCUMENT}"))
+            jobs += [self._chunk_job(prefix, record, chunk) for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)]
+        self._left = len(jobs)
+        return jobs or self._done()
+
+    def _document_job(self, key: str) -> Job:
+        def job() -> None:
+            # The values can be read without it; other Zarr readers need it.
+            if not self._objects.exists(key):
+                self._report("missing", key, "the array's own metadata document is gone")
+            self._count(0)
+
+        return job
+
+    def _chunk_job(self, prefix: str, record: ArrayRecord, chunk: Chunk) -> Job:
+        def job() -> None:
+            key = object_key(prefix, record.path, record.spec, chunk)
+            size = chunk.elements * itemsize(record.spec.dtype)
+            with self._budget.hold(size):
+                try:
+                    read_chunk(
+                        self._objects, key, record, chunk, memoryview(bytearray(size)), lambda: self._version.layer
+                    )
+                except MissingObjectError as error:
+                    self._report("short" if self._objects.exists(key) else "missing", key, str(error))
+                except DigestMismatchError as error:
+                    self._report("flipped", key, str(error))
+            self._count(record.sizes[chunk.number])
+
+        return job
+
+    def _count(self, size_bytes: int) -> None:
+        with self._findings.lock:
+            self._findings.objects += 1
+            self._findings.bytes_read += size_bytes
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._done()
+
+    def _report(self, kind: str, key: str, detail: str) -> None:
+        damage = Damage(kind, self._version.layer, self._version.step, key, detail)  # type: ignore[arg-type]
+        with self._findings.lock:
+            self._findings.damages.append(damage)
+
+    def _done(self) -> list[Job]:
+        with self._findings.lock:
+            self._findings.versions_done += 1
+            self._tell("verifying versions", self._findings.versions_done, self._total)
+        return []
