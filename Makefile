@@ -35,8 +35,8 @@ demo: $(VENV)/.installed ## Train, be killed in mid-commit, restore, train on: t
 	@$(BIN)/tailorstore demo $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed ## Measure against torch.save, safetensors and torch.distributed.checkpoint
-	@$(BIN)/tailorstore bench $(ARGS)
+bench: $(VENV)/.installed-dev ## Measure against torch.save, safetensors, DCP and bare obstore; ten minutes
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: test
 test: $(VENV)/.installed-dev ## Run all tests, with a real S3 server and a real PostgreSQL

@@ -63,10 +63,11 @@ def test_the_shell_understands(arguments: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TAILORSTORE_URL", "s3://bucket/run")
     monkeypatch.setenv("TAILORSTORE_CATALOG", "postgresql+psycopg://user:password@host/tailorstore")
     name, *rest = arguments
-    command = cli.commands[name]
-    assert isinstance(command, click.Command)
-    with command.make_context(name, list(rest)) as context:
-        assert context.params
+    with click.Context(cli) as group:
+        command = cli.get_command(group, name)
+        assert command is not None, f"there is no command {name}"
+        with command.make_context(name, rest, parent=group) as context:
+            assert context.args == []
 
 
 def test_gc_and_verify_are_scheduled_everywhere() -> None:

@@ -101,7 +101,7 @@ class S3Server:
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def client(self, key: S3Key | None = None) -> Any:  # noqa: ANN401 (boto3 makes its classes as it runs)
+    def client(self, key: S3Key | None = None) -> Any:
         """Return a boto3 client; the caller closes it."""
         key = key or self.admin
         return boto3.client(
@@ -220,7 +220,7 @@ def _identity(name: str, key: S3Key, actions: list[str]) -> dict[str, object]:
     }
 
 
-def _works(client: Any, bucket: str) -> bool:  # noqa: ANN401
+def _works(client: Any, bucket: str) -> bool:
     try:
         # All its parts have to work for this, and the bucket has to be there.
         client.put_object(Bucket=bucket, Key="probe", Body=b"probe")
@@ -234,7 +234,7 @@ def _works(client: Any, bucket: str) -> bool:  # noqa: ANN401
     return True
 
 
-def _require_refusal(client: Any, bucket: str) -> None:  # noqa: ANN401
+def _require_refusal(client: Any, bucket: str) -> None:
     try:
         client.list_objects_v2(Bucket=bucket)
     except ClientError as error:
