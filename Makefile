@@ -42,6 +42,10 @@ bench: $(VENV)/.installed-dev ## Measure against torch.save, safetensors, DCP an
 test: $(VENV)/.installed-dev ## Run all tests, with a real S3 server and a real PostgreSQL
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device (TORCH=torch==2.13.0)
+	$(BIN)/pytest -m gpu $(ARGS)
+
 .PHONY: check
 check: $(VENV)/.installed-dev ## Lint, types, imports between floors, spelling, examples in docstrings
 	$(BIN)/ruff check

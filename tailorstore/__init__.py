@@ -31,8 +31,9 @@ from tailorstore.domain.retention import KeepBest, KeepEvery, KeepLast, KeepTagg
 
 if TYPE_CHECKING:
     from tailorstore.engine.checkout import Checkpoint
+    from tailorstore.engine.front_door import open_store
     from tailorstore.engine.pending import PendingCommit
-    from tailorstore.engine.store import Store, open_store
+    from tailorstore.engine.store import Store
     from tailorstore.engine.tensors.lazy import LazyTensor
 
 __version__ = "0.1.0"
@@ -67,7 +68,7 @@ _LAZY = {
     "LazyTensor": "tailorstore.engine.tensors.lazy",
     "PendingCommit": "tailorstore.engine.pending",
     "Store": "tailorstore.engine.store",
-    "open_store": "tailorstore.engine.store",
+    "open_store": "tailorstore.engine.front_door",
 }
 
 

@@ -6,7 +6,7 @@ The order matters and is the caller's: rows lose their standing here before any 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, update
 
 from tailorstore.catalog.scope import AnyRow, Scope, in_batches, to_commit
 from tailorstore.catalog.tables import (
@@ -101,10 +101,16 @@ class Collection(Scope):
 
         def work(connection: Connection, _now: datetime) -> None:
             keys = self._layer_keys(connection, [version.layer for version in gone])
-            for batch in in_batches((keys[version.layer], version.version_id) for version in gone):
-                named = tuple_(versions.c.layer_pk, versions.c.version_id).in_(batch)
-                dead = select(versions.c.pk).where(named, versions.c.doomed_at.is_not(None))
-                pks = connection.scalars(dead).all()
+            named = {(keys[version.layer], version.version_id) for version in gone}
+            dead: list[int] = []
+            # By version id, of which the index is made; a list of pairs makes Postgres read the whole table.
+            for ids in in_batches(dict.fromkeys(version.version_id for version in gone), _IDS_TOGETHER):
+                found = select(versions.c.pk, versions.c.layer_pk, versions.c.version_id).where(
+                    versions.c.version_id.in_(ids), versions.c.doomed_at.is_not(None)
+                )
+                rows = connection.execute(found)
+                dead.extend(row.pk for row in rows if (row.layer_pk, row.version_id) in named)
+            for pks in in_batches(dead):
                 # A light version whose own deletion failed outlives its base by a run; it needs it no more.
                 connection.execute(update(versions).where(versions.c.base_pk.in_(pks)).values(base_pk=None))
                 connection.execute(delete(versions).where(versions.c.pk.in_(pks)))
@@ -112,8 +118,13 @@ class Collection(Scope):
         if gone:
             self._write(work)
 
-    def unknown_versions(self, pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Return the (layer component, version id) pairs that no version and no announced commit accounts for."""
+    def unknown_versions(self, pairs: Iterable[tuple[str, str]], *, as_if_voided: bool = False) -> set[tuple[str, str]]:
+        """Return the (layer component, version id) pairs that no version and no announced commit accounts for.
+
+        Args:
+            pairs: to ask about.
+            as_if_voided: answer as after :meth:`void_lapsed`. For previews: what is deleted must be voided first.
+        """
         wanted: dict[str, set[str]] = {}
         for component, version_id in pairs:
             wanted.setdefault(version_id, set()).add(component)
@@ -125,7 +136,7 @@ class Collection(Scope):
                 .where(versions.c.version_id.in_(ids), layers.c.store_pk == self._pk)
             )
             found = {(row.component, row.version_id) for row in rows}
-            for one in self._announced(connection, ids):
+            for one in self._announced(connection, ids, live_only=as_if_voided):
                 found.update((component, one) for component in wanted[one])
             return found
 
@@ -134,21 +145,23 @@ class Collection(Scope):
             asked -= self._read(lambda connection, ids=batch: known(connection, ids))  # type: ignore[misc]
         return asked
 
-    def unknown_commits(self, commit_ids: Iterable[str]) -> set[str]:
-        """Return the ids that are neither published nor announced."""
+    def unknown_commits(self, commit_ids: Iterable[str], *, as_if_voided: bool = False) -> set[str]:
+        """Return the ids that are neither published nor announced; see :meth:`unknown_versions`."""
         asked = set(commit_ids)
 
         def known(connection: Connection, ids: list[str]) -> set[str]:
             mine = select(commits.c.commit_id).where(commits.c.store_pk == self._pk)
             published = connection.scalars(mine.where(commits.c.commit_id.in_(ids)))
-            return {*published, *self._announced(connection, ids)}
+            return {*published, *self._announced(connection, ids, live_only=as_if_voided)}
 
         for batch in in_batches(sorted(asked)):
             asked -= self._read(lambda connection, ids=batch: known(connection, ids))  # type: ignore[misc]
         return asked
 
-    def _announced(self, connection: Connection, ids: list[str]) -> Sequence[str]:
+    def _announced(self, connection: Connection, ids: list[str], *, live_only: bool) -> Sequence[str]:
         mine = select(pending.c.commit_id).where(pending.c.store_pk == self._pk)
+        if live_only:
+            mine = mine.where(pending.c.expires_at > self._database.now(connection))
         return connection.scalars(mine.where(pending.c.commit_id.in_(ids))).all()
 
     def _inventory(self, connection: Connection) -> Inventory:

@@ -66,13 +66,18 @@ class History(Scope):
             RefNotFoundError: there is no such commit.
         """
         composite = self.composite(commit_id)
+        mine = select(layers.c.pk).where(layers.c.store_pk == self._pk)
         counted = (
-            select(layers.c.name, func.count())
-            .join(versions, versions.c.layer_pk == layers.c.pk)
-            .where(layers.c.store_pk == self._pk, versions.c.doomed_at.is_(None))
-            .group_by(layers.c.name)
+            select(versions.c.layer_pk, func.count())
+            .where(versions.c.layer_pk.in_(mine), versions.c.doomed_at.is_(None))
+            .group_by(versions.c.layer_pk)
         )
-        held: dict[str, int] = dict(self._read(lambda connection: connection.execute(counted).all()))
+
+        def work(connection: Connection) -> dict[str, int]:
+            names = self._load_layers(connection)
+            return {names[pk]: count for pk, count in connection.execute(counted)}
+
+        held = self._read(work)
         return [
             LayerInfo(
                 name=version.layer,

@@ -63,8 +63,7 @@ def chunks_in(box: Box, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) ->
     ]
     for index in itertools.product(*ranges):
         clipped = tuple(
-            (at * step, min((at + 1) * step, size))
-            for at, step, size in zip(index, chunk_shape, shape, strict=True)
+            (at * step, min((at + 1) * step, size)) for at, step, size in zip(index, chunk_shape, shape, strict=True)
         )
         yield Chunk(
             number=sum(at * stride for at, stride in zip(index, grid_strides, strict=True)),

@@ -4,7 +4,8 @@
 TailorError
 ├─ NotFoundError (KeyError)        StoreNotFound · BucketNotFound · RefNotFound · LayerNotFound · BranchNotFound
 ├─ AlreadyExistsError              TagExists · BranchExists
-├─ InvalidInputError (ValueError)  Mask · StepOrder · ModelMismatch · ExtraState · AmbiguousRef · RestoreMismatch · BadName
+├─ InvalidInputError (ValueError)  BadName · Mask · StepOrder · ModelMismatch · ExtraState · AmbiguousRef ·
+│                                 RestoreMismatch
 ├─ ConflictError                   HeadMoved · LeaseExpired · RootTaken          → look again, then decide
 ├─ UnavailableError                StorageUnavailable · StorageFull · CatalogUnavailable → back off, retry
 ├─ AccessDeniedError (PermissionError)  credentials that storage or catalog refused

@@ -57,7 +57,8 @@ def escape(name: str) -> str:
     """Turn any name into one path component of plain ASCII; different names stay different.
 
     Quoted-printable style (``=2F`` for a slash), because ``%`` and ``~`` are rewritten by some object-store clients.
-    Names that would pass for something else (``.``, ``..``, Zarr's ``__…`` and ``zarr.json``, our own ``@…``) are escaped too.
+    Names that would pass for something else (``.``, ``..``, Zarr's ``__…`` and ``zarr.json``, our own ``@…``) are
+    escaped too.
     A name that gets too long for file systems is cut and ends in a hash; the full name stands in the document.
 
     Examples:
@@ -121,9 +122,7 @@ def check_name(kind: Literal["branch", "tag"], name: str) -> str:
         BadNameError: it could be mistaken for a step, a commit or ``latest``, or has characters that refs cannot have.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        msg = (
-            f"{name!r} cannot name a {kind}: use 1 to 200 letters, digits and . _ / + -, beginning with a letter or digit"
-        )
+        msg = f"{name!r} cannot name a {kind}: use 1 to 200 letters, digits and . _ / + -, with no sign first"
         raise BadNameError(msg)
     if name == LATEST or name.isdecimal():
         msg = f"{name!r} cannot name a {kind}: it already means {'the newest commit' if name == LATEST else 'a step'}"

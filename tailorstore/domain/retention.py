@@ -52,7 +52,7 @@ class _Joinable:
     def __or__(self, other: RetentionPolicy) -> "AnyOf":
         mine = self.policies if isinstance(self, AnyOf) else (self,)
         theirs = other.policies if isinstance(other, AnyOf) else (other,)
-        return AnyOf((*mine, *theirs))  # type: ignore[arg-type]
+        return AnyOf((*mine, *theirs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,9 +235,10 @@ class Checkpoint:
         return self.extra
 
     def zarr(self) -> "zarr.Group":
-        """Return the whole composite as one read-only Zarr group: ``<layer>/<tensor>``, ``<layer>/@optim/<slot>/<tensor>``.
+        """Return the whole composite as one read-only Zarr group.
 
-        Names are escaped as in the root. Reading a chunk that is gone or damaged raises instead of giving fill values.
+        Arrays are at ``<layer>/<tensor>`` and ``<layer>/@optim/<slot>/<tensor>``; names are escaped as in the root.
+        Reading a chunk that is gone or damaged raises instead of giving fill values.
         """
         from tailorstore.storage.view import composite_group  # Zarr takes long to import, and few need it
 
@@ -303,7 +304,8 @@ class Checkpoint:
     def __repr__(self) -> str:
         """Name the commit."""
         stale = sum(1 for steps in self.staleness.values() if steps)
-        return f"<Checkpoint step {self.step} on {self.commit.branch!r}, commit {self.commit.id}, {stale} of {len(self.sources)} layers older>"
+        what = f"step {self.step} on {self.commit.branch!r}, commit {self.commit.id}"
+        return f"<Checkpoint {what}, {stale} of {len(self.sources)} layers older>"
 
     def documents(self) -> Mapping[str, LayerDocument]:
         """Return the document of every layer, ``@extra`` included; read at the first call."""
@@ -337,10 +339,14 @@ class Checkpoint:
         return [(layer, document) for layer, document in self._all_documents().items() if layer != EXTRA_LAYER]
 
     def _states(self) -> dict[str, Any]:
-        return {name: value for _, document in self._layer_documents() for name, value in document.content["states"].items()}
+        return {
+            name: value for _, document in self._layer_documents() for name, value in document.content["states"].items()
+        }
 
     def _slots(self) -> dict[str, Mapping[str, Any]]:
-        return {name: held for _, document in self._layer_documents() for name, held in document.content["optim"].items()}
+        return {
+            name: held for _, document in self._layer_documents() for name, held in document.content["optim"].items()
+        }
 
     def _layer_of(self, name: str) -> str:
         if self._owners is None:
@@ -384,9 +390,7 @@ class Checkpoint:
         return lambda path: read_array(self._objects, self._array(self._layer_of(name), path))
 
     def _read_many(self, arrays: Mapping[Any, StoredArray]) -> dict[Any, Tensor]:
-        targets = {
-            key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()
-        }
+        targets = {key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()}
         read_arrays(self._objects, [(array, targets[key]) for key, array in arrays.items()])
         return targets
 
@@ -427,7 +431,11 @@ def _stored(array: StoredArray) -> StoredTensor:
 def _paths_in(value: Any) -> list[str]:  # noqa: ANN401
     """Return the paths of all arrays that a skeleton names."""
     if isinstance(value, Mapping):
-        if len(value) == 1 and (path := value.get("$array", value.get("$ndarray"))) is not None and isinstance(path, str):
+        if (
+            len(value) == 1
+            and (path := value.get("$array", value.get("$ndarray"))) is not None
+            and isinstance(path, str)
+        ):
             return [path]
         return [path for item in value.values() for path in _paths_in(item)]
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -190,7 +190,9 @@ class Committer:
                 return head, due
             # Another process published between the two looks: decide again, on its head.
             self.catalog.abandon(commit_id)
-        msg = f"branch {self.branch!r} moves faster than step {request.step} can be announced; commit on a branch of your own"
+        msg = (
+            f"branch {self.branch!r} moves faster than step {request.step} can be announced; commit on your own branch"
+        )
         raise HeadMovedError(msg)
 
     def _manifest(self, prepared: Prepared, written: Written) -> CommitManifest:
@@ -256,7 +258,10 @@ def _capture_extra(captured: Capture, extra: Any) -> LayerCapture:  # noqa: ANN4
 
 def _stage(arena: HostArena, layers: Iterable[LayerCapture]) -> list[LayerCapture]:
     layers = list(layers)
-    copies = arena.copy({f"{at}/{path}": tensor for at, layer in enumerate(layers) for path, tensor in layer.arrays.items()})
+    copies = arena.copy(
+        {f"{at}/{path}": tensor for at, layer in enumerate(layers) for path, tensor in layer.arrays.items()}
+    )
     return [
-        replace(layer, arrays={path: copies[f"{at}/{path}"] for path in layer.arrays}) for at, layer in enumerate(layers)
+        replace(layer, arrays={path: copies[f"{at}/{path}"] for path in layer.arrays})
+        for at, layer in enumerate(layers)
     ]

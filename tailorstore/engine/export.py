@@ -19,8 +19,8 @@ from tailorstore.engine.tensors.files import unsupported_dtypes, write_safetenso
 from tailorstore.engine.tensors.lazy import LazyTensor
 from tailorstore.engine.tensors.memory import Tensor
 from tailorstore.engine.tensors.packing import unpack
-from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.failures import raise_os_error
+from tailorstore.storage.threads import Job, run_jobs
 
 if TYPE_CHECKING:
     from tailorstore.engine.checkout import Checkpoint
@@ -230,7 +230,7 @@ def _as_json(value: Any, what: str) -> str:  # noqa: ANN401
     try:
         return json.dumps(value)
     except (TypeError, ValueError) as error:
-        msg = f"the {what} cannot be written as JSON, as it holds a tensor or the like; export to the torch format instead"
+        msg = f"the {what} cannot be written as JSON: a tensor is among them; export to the torch format instead"
         raise InvalidInputError(msg) from error
 
 

@@ -139,7 +139,7 @@ class _Sweep:
         versions = self._list_versions()
         documents = list(self._list_documents())
         doomed = {(layer_component(v.layer), v.version_id): v for v in self._catalog.doomed(self._grace)}
-        unknown = self._catalog.unknown_versions(list(versions))
+        unknown = self._catalog.unknown_versions(list(versions), as_if_voided=self._dry_run)
         leftovers = [pair for pair in unknown if self._old_enough(versions[pair])]
         self._sweep_doomed(doomed, versions)
         for at in range(0, len(leftovers), _BATCH):
@@ -168,14 +168,12 @@ class _Sweep:
 
     def _list_versions(self) -> dict[tuple[str, str], _Found]:
         found: dict[tuple[str, str], _Found] = defaultdict(_Found)
-        count = 0
-        for info in self._objects.list(LAYERS_PREFIX):
+        for count, info in enumerate(self._objects.list(LAYERS_PREFIX), start=1):
             parts = info.key.split("/", 3)
-            count += 1
             if count % 5000 == 0:
                 self._tell("listing objects", count, None)
             # Anything else below layers/ is not ours: whoever put it there may delete it.
-            if len(parts) == 4 and is_id(parts[2]):  # noqa: PLR2004 - layers/<layer>/<version>/…
+            if len(parts) == 4 and is_id(parts[2]):
                 found[parts[1], parts[2]].add(info)
         return dict(found)
 
@@ -217,7 +215,7 @@ class _Sweep:
             for info in documents
             if info.key.startswith(COMMITS_PREFIX)
         }
-        for commit_id in self._catalog.unknown_commits(list(manifests)):
+        for commit_id in self._catalog.unknown_commits(list(manifests), as_if_voided=self._dry_run):
             found = _Found()
             found.add(manifests[commit_id])
             if self._old_enough(found) and self.delete(found.keys, found.size_bytes) == 0:

@@ -78,8 +78,8 @@ class LeaseKeeper:
         period = self.lease.total_seconds() / 3
         while True:
             with self._changed:
-                self._changed.wait(period)
-                if self._closed:
+                # Not a plain wait: the keeper may have been closed before this thread came here.
+                if self._changed.wait_for(lambda: self._closed, period):
                     return
                 dropped, self._dropped = self._dropped, []
                 self._held -= set(dropped)

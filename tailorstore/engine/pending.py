@@ -24,7 +24,9 @@ class PendingCommit:
         self._error: BaseException | None = None
         self._told = False
         self._finished = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(carry_out,), name=f"tailorstore-commit-{step}", daemon=False)
+        self._thread = threading.Thread(
+            target=self._run, args=(carry_out,), name=f"tailorstore-commit-{step}", daemon=False
+        )
         self._thread.start()
 
     def done(self) -> bool:

@@ -1,6 +1,5 @@
 """What a commit will write: decided before a byte leaves the device. No I/O."""
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,23 +100,17 @@ def due_layers(
         ModelMismatchError: the model's tensors or shapes are not those of the branch.
     """
     sources = head.sources if head else {}
-    states = {
-        name: LayerState(name, layer.nbytes, sources.get(name)) for name, layer in capture.layers.items()
-    }
+    states = {name: LayerState(name, layer.nbytes, sources.get(name)) for name, layer in capture.layers.items()}
     context = MaskContext(branch=branch, step=step, layers=states, tied=capture.tied)
     chosen = resolve_mask(mask, context)
     if head is None:
         return list(capture.layers)
     stored = {name: document for name, document in documents.items() if name != EXTRA_LAYER}
     check_same_model(capture, stored, branch=branch, head=head)
-    return [
-        name for name, layer in capture.layers.items() if name in chosen or _has_new_kind(layer, stored[name])
-    ]
+    return [name for name, layer in capture.layers.items() if name in chosen or _has_new_kind(layer, stored[name])]
 
 
-def check_same_model(
-    capture: Capture, stored: Mapping[str, LayerDocument], *, branch: str, head: Composite
-) -> None:
+def check_same_model(capture: Capture, stored: Mapping[str, LayerDocument], *, branch: str, head: Composite) -> None:
     """Compare a model's layers, tensors and shapes with those of a branch.
 
     Raises:
@@ -126,7 +119,9 @@ def check_same_model(
     problems = [f"layer {name!r} is new" for name in capture.layers if name not in stored]
     problems += [f"layer {name!r} is gone" for name in stored if name not in capture.layers]
     for name in [name for name in capture.layers if name in stored]:
-        now = _weight_shapes(capture.layers[name].content, {path: tuple(t.shape) for path, t in capture.layers[name].arrays.items()})
+        now = _weight_shapes(
+            capture.layers[name].content, {path: tuple(t.shape) for path, t in capture.layers[name].arrays.items()}
+        )
         then = _weight_shapes(stored[name].content, {path: r.spec.shape for path, r in stored[name].arrays.items()})
         problems += [f"tensor {tensor!r} is new in layer {name!r}" for tensor in now if tensor not in then]
         problems += [f"tensor {tensor!r} is gone from layer {name!r}" for tensor in then if tensor not in now]
@@ -136,10 +131,12 @@ def check_same_model(
             if tensor in then and now[tensor] != then[tensor]
         ]
     if problems:
-        shown = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+        shown = "; ".join(problems[:_SHOWN]) + (
+            f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        )
         msg = (
-            f"the model is not the one of branch {branch!r} (head: step {head.commit.step}): {shown}. Commit it on a new"
-            " branch: open_store(..., branch='NEW') starts one"
+            f"the model is not the one of branch {branch!r} (head: step {head.commit.step}): {shown}. Commit it on a"
+            " new branch: open_store(..., branch='NEW') starts one"
         )
         raise ModelMismatchError(msg)
 
@@ -181,8 +178,3 @@ def _same_content(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def _same_elements(a: ArraySpec, b: ArraySpec) -> bool:
     """Whether chunk digests of two layouts can be compared: the codec does not matter."""
     return (a.dtype, a.shape, a.chunk_shape) == (b.dtype, b.shape, b.chunk_shape)
-
-
-def planned_bytes(specs: Mapping[str, ArraySpec]) -> int:
-    """Return the logical size of some arrays in bytes."""
-    return sum(math.prod(spec.shape) * itemsize(spec.dtype) for spec in specs.values())

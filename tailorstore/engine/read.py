@@ -7,9 +7,9 @@ from tailorstore.domain.chunks import Box, Chunk, chunks_in, chunks_of
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument, LayerVersion
 from tailorstore.engine.tensors.memory import Tensor, as_bytes, copy_into, empty_host, is_plain
-from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import load_document, object_key, read_chunk
+from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
 COPY_BUDGET_BYTES = 160 << 20
@@ -89,8 +89,7 @@ def read_array(objects: Objects, array: StoredArray, box: Box | None = None) -> 
         def read() -> None:
             part = _read_part(objects, array, chunk)
             meet = [
-                (max(start, low), min(stop, high))
-                for (start, stop), (low, high) in zip(chunk.box, box, strict=True)
+                (max(start, low), min(stop, high)) for (start, stop), (low, high) in zip(chunk.box, box, strict=True)
             ]
             to = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(meet, box, strict=True))
             of = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(meet, chunk.box, strict=True))
@@ -147,13 +146,3 @@ def _read_part(objects: Objects, array: StoredArray, chunk: Chunk) -> Tensor:
     part = empty_host(tuple(stop - start for start, stop in chunk.box), array.record.spec.dtype)
     read_chunk(objects, array.key(chunk), array.record, chunk, as_bytes(part), array.where)
     return part
-
-
-def array_nbytes(array: StoredArray) -> int:
-    """Return the size of an array's elements in bytes."""
-    size = itemsize(array.record.spec.dtype)
-    for extent in array.record.spec.shape:
-        size *= extent
-    return size
-
-

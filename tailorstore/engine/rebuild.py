@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError
 from tailorstore.domain.names import manifest_key, ref_record_key
 from tailorstore.domain.records import CommitManifest, RefRecord
-from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.manifests import manifest_ids, read_manifest, read_ref_record, ref_record_ids
+from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.transport import Objects
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 Document = TypeVar("Document")
 
@@ -44,9 +46,12 @@ def read_history(objects: Objects) -> History:
     return replay(good, list(records.values()), unreadable)
 
 
-def replay(manifests: Sequence[CommitManifest], records: Sequence[RefRecord], unreadable: Iterable[str] = ()) -> History:
-    """Let publications and changes of refs happen again in the order of their times, by the same rule: a commit is
-    published if its parent is the head of its branch.
+def replay(
+    manifests: Sequence[CommitManifest], records: Sequence[RefRecord], unreadable: Iterable[str] = ()
+) -> History:
+    """Let publications and changes of refs happen again, in the order of their times and by the same rule.
+
+    The rule: a commit is published if its parent is the head of its branch.
 
     Where two commits name the same parent, the one that others were built on was published; of two without
     descendants, the later one counts, as a process that died just before publishing would have gone on.

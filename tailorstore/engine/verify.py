@@ -10,9 +10,9 @@ from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError,
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, Damage, LayerVersion, VerifyReport
 from tailorstore.engine.gc import Progress
-from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import GROUP_DOCUMENT, load_document, object_key, read_chunk
+from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
 _BUDGET_BYTES = 256 << 20
@@ -44,7 +44,9 @@ def verify(
     versions = list(versions)
     findings = _Findings()
     tell = progress or (lambda *_: None)
-    run_jobs([_VersionCheck(objects, version, findings, tell, len(versions)).open for version in versions], objects.workers)
+    run_jobs(
+        [_VersionCheck(objects, version, findings, tell, len(versions)).open for version in versions], objects.workers
+    )
     damages = []
     for damage in sorted(findings.damages, key=lambda found: (found.step, found.layer, found.key)):
         version_id = damage.key.split("/")[2]
@@ -58,7 +60,9 @@ class _VersionCheck:
 
     _budget = MemoryBudget(_BUDGET_BYTES)
 
-    def __init__(self, objects: Objects, version: LayerVersion, findings: _Findings, tell: Progress, total: int) -> None:
+    def __init__(
+        self, objects: Objects, version: LayerVersion, findings: _Findings, tell: Progress, total: int
+    ) -> None:
         self._objects = objects
         self._version = version
         self._findings = findings
@@ -81,7 +85,10 @@ class _VersionCheck:
         jobs: list[Job] = []
         for path, record in document.arrays.items():
             jobs.append(self._document_job(f"{prefix}{path}/{GROUP_DOCUMENT}"))
-            jobs += [self._chunk_job(prefix, record, chunk) for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)]
+            jobs += [
+                self._chunk_job(prefix, record, chunk)
+                for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)
+            ]
         self._left = len(jobs)
         return jobs or self._done()
 

@@ -14,7 +14,6 @@ from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument
 from tailorstore.engine.plan import PlannedLayer
 from tailorstore.engine.tensors.memory import chunk_bytes, is_plain
-from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import (
     SealedLayer,
@@ -24,6 +23,7 @@ from tailorstore.storage.layers import (
     seal,
     write_chunk,
 )
+from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
 COPY_BUDGET_BYTES = 160 << 20
@@ -62,6 +62,8 @@ def write_layers(
     direct = [job for writer in writers if writer.planned.known is None for job in writer.start()]
     direct.sort(key=lambda sized: -sized[0])
     run_jobs([*jobs, *(job for _, job in direct)], objects.workers)
+    # Once for all layers: they share directories, and a journal takes many flushes in one go.
+    objects.sync([key for sealed in written.sealed.values() for key in sealed.keys])
 
 
 class _LayerWriter:
@@ -151,7 +153,6 @@ class _LayerWriter:
         )
         sealed = seal(self._objects, document)
         self._written.keys.extend(sealed.keys)
-        self._objects.sync(sealed.keys)
         self._written.sealed[name] = sealed
 
     def _records(self) -> Mapping[str, ArrayRecord]:

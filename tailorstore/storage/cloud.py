@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import obstore
 
 from tailorstore.domain.errors import (
+    AccessDeniedError,
     BucketNotFoundError,
     InvalidInputError,
     MissingObjectError,
@@ -120,17 +121,15 @@ class CloudObjects:
     def get(self, key: str) -> memoryview:
         """Fetch whole; see :meth:`Objects.get`."""
         path = self._path(key)
-        return self._call("reading", key, lambda: memoryview(obstore.get(self._store, path).bytes()))
+        return self._call(failures.READING, key, lambda: memoryview(obstore.get(self._store, path).bytes()))
 
-    def read_into(
-        self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None
-    ) -> None:
+    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
         """Stream into the target; see :meth:`Objects.read_into`."""
         expected = target.nbytes if size is None else size
         path = self._path(key)
         part = target.nbytes < expected and target.nbytes > 0
         result = self._call(
-            "reading",
+            failures.READING,
             key,
             lambda: obstore.get(self._store, path, options={"range": (0, target.nbytes)} if part else None),
         )
@@ -140,7 +139,7 @@ class CloudObjects:
         blocks = iter(result.stream(min_chunk_size=_STREAM_BYTES))
         done = 0
         while done < target.nbytes:
-            block = self._call("reading", key, lambda: next(blocks, None))
+            block = self._call(failures.READING, key, lambda: next(blocks, None))
             if block is None:
                 raise wrong_size(self.url, key, done, expected)
             # Copied before it is shown, so that what is observed is what lies in the target.
@@ -158,7 +157,7 @@ class CloudObjects:
         """Ask for the object's head; see :meth:`Objects.exists`."""
         path = self._path(key)
         try:
-            self._call("looking for", key, lambda: obstore.head(self._store, path))
+            self._call(failures.LOOKING, key, lambda: obstore.head(self._store, path))
         except MissingObjectError:
             self._check_bucket()
             return False
@@ -188,9 +187,11 @@ class CloudObjects:
             except Exception as error:  # noqa: BLE001 - translated, whatever it is
                 failure = self._translate(error, "deleting", "")
                 cause = self._scrubber.cause(error)
+                # A key's own refusal comes inside of an answer that is good as a whole.
+                whole = "status code" in str(error) or not isinstance(failure, AccessDeniedError)
             else:
                 continue
-            if isinstance(failure, (BucketNotFoundError, StorageUnavailableError)):
+            if whole and isinstance(failure, (AccessDeniedError, BucketNotFoundError, StorageUnavailableError)):
                 raise failure from cause
             # obstore stops at the first key that fails, also where it is merely missing (Google, local directories).
             reasons = map_in_threads(self._delete_one, batch, self.workers)

@@ -112,7 +112,7 @@ def choose_chunks(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK_BYTE
 
     Examples:
         >>> choose_chunks((50257, 768), 4), choose_chunks((4096, 4096), 2), choose_chunks((), 4)
-        ((8377, 768), (4096, 4096), ())
+        ((10052, 768), (4096, 4096), ())
     """
     if limit < itemsize:
         msg = f"chunks of {limit} bytes cannot hold an element of {itemsize}"

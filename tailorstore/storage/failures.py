@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 from urllib.parse import quote, quote_plus
 
@@ -18,15 +18,19 @@ from tailorstore.domain.errors import (
     TailorError,
 )
 
+READING, LOOKING = "reading", "looking for"
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_OBJECT = frozenset({errno.ENOTDIR, errno.EISDIR})
+"""A key that is a directory, or lies below an object: object stores allow both, and read neither."""
 _UNUSABLE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
 
 _FULL_CODES = frozenset({"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "ServerIsFull", "StorageFull"})
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist|bucket not found", re.I)
 _OTHER_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
+_CODE = re.compile(r'<Code>(\w+)</Code>|\bcode: "(\w+)"')
 _OS_ERROR = re.compile(r"os error (\d+)|code: (\d+),\s+kind:")
 _SECRET_NAME = re.compile(r"key|secret|token|passw|credential|sas|connection_string|signature|authorization", re.I)
 _SECRET_VARIABLES = (
@@ -92,7 +96,7 @@ def _secrets(value: object, *, hidden: bool) -> Iterator[str]:
     elif isinstance(value, str):
         if hidden:
             yield value
-    elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, memoryview)):
+    elif isinstance(value, (list, tuple, set, frozenset)):
         for inner in value:
             yield from _secrets(inner, hidden=hidden)
 
@@ -135,7 +139,7 @@ def from_os_error(error: OSError, doing: str, root: str, key: str) -> TailorErro
         return full(what, root, reason)
     if error.errno in _DENIED:
         return denied(what, root, reason)
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT or (doing in (READING, LOOKING) and error.errno in _NO_OBJECT):
         return missing(root, key)
     if error.errno == errno.EEXIST:
         return AlreadyExistsError(f"object {key} exists already in {root}; objects are written once, under fresh keys")
@@ -172,18 +176,22 @@ def from_transport(error: Exception, doing: str, root: str, key: str, scrubber: 
         )
     if (
         status in (401, 403)
+        or code in _DENIED_CODES
         or number in _DENIED
         or isinstance(error, PermissionError)
         or type(error).__name__ in _DENIED_CLASSES
     ):
         return denied(what, root, reason)
-    if status == 404 or isinstance(error, FileNotFoundError):
+    if status == 404 or isinstance(error, FileNotFoundError) or (doing in (READING, LOOKING) and number in _NO_OBJECT):
         return missing(root, key)
     if number in _UNUSABLE:
         return InvalidInputError(f"cannot go on {what} in {root} ({reason}); the root must be a directory of files")
     return unavailable(what, root, reason)
 
 
+_DENIED_CODES = frozenset({
+    "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
+})  # fmt: skip
 _DENIED_CLASSES = frozenset({
     "PermissionDeniedError", "UnauthenticatedError", "NoCredentialsError", "PartialCredentialsError",
     "CredentialRetrievalError", "TokenRetrievalError", "ClientAuthenticationError",
@@ -209,7 +217,7 @@ def _answer(error: BaseException, text: str) -> tuple[int | None, str | None]:
             return status, response.get("Error", {}).get("Code")
         current = current.__cause__
     status_match, code_match = _STATUS.search(text), _CODE.search(text)
-    return int(status_match[1]) if status_match else None, code_match[1] if code_match else None
+    return int(status_match[1]) if status_match else None, code_match[1] or code_match[2] if code_match else None
 
 
 def _system_error(error: BaseException, text: str) -> int | None:

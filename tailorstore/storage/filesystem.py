@@ -43,6 +43,7 @@ DELETE_BATCH = 1000
 """Most keys that one S3 request deletes."""
 
 _WORKERS = 8
+_S3FS_RETRIES = 2
 _BUCKETS = frozenset({"s3", "gs", "az", "abfs", "adl"})
 """Protocols without directories, whose servers acknowledge what they have taken."""
 
@@ -63,9 +64,11 @@ def open_filesystem(root: str, options: Mapping[str, Any]) -> "FilesystemObjects
     check_package(protocol)
     scrubber = failures.Scrubber(options)
     shown = printable_url(root)
+    limit: float | None = None
     wanted: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
     if protocol == "s3":
         wanted = _for_s3fs(wanted)
+        limit = _longest_put_seconds(wanted["config_kwargs"])
     elif protocol == "memory":
         # Its contents belong to the class; an instance of its own would be the same.
         wanted.pop("skip_instance_cache")
@@ -79,7 +82,10 @@ def open_filesystem(root: str, options: Mapping[str, Any]) -> "FilesystemObjects
         msg = f"the storage options of {shown} cannot be used: {scrubber.clean(str(error))[:300]}"
         failure, cause = InvalidInputError(msg), scrubber.cause(error)
     else:
-        return FilesystemObjects(root, filesystem, path, scrubber)
+        if protocol == "s3":
+            # Around botocore's own; its default would multiply them by five.
+            filesystem.retries = _S3FS_RETRIES
+        return FilesystemObjects(root, filesystem, path, scrubber, limit)
     raise failure from cause
 
 
@@ -88,13 +94,22 @@ class FilesystemObjects:
 
     copies_on_put = 1
 
-    def __init__(self, root: str, filesystem: "AbstractFileSystem", path: str, scrubber: failures.Scrubber) -> None:
-        """Take a filesystem and the root's path in it. Nothing is read or created yet."""
+    def __init__(
+        self,
+        root: str,
+        filesystem: "AbstractFileSystem",
+        path: str,
+        scrubber: failures.Scrubber,
+        put_seconds: float | None,
+    ) -> None:
+        """Take a filesystem, the root's path in it, and how long a put may take. Nothing is read or created yet."""
         self.url = printable_url(root)
         self.workers = _WORKERS
         self._fs = filesystem
         self._base = path.rstrip("/") + "/"
         self._scrubber = scrubber
+        # Before an upload s3fs waits for the server's "100 Continue", where its timeouts do not reach.
+        self._put_limit = {} if put_seconds is None else {"timeout": put_seconds}
         self._protocol, rest = split_url(root)
         self._local = LocalObjects(rest) if self._protocol == "file" else None
         self._bucket_seen = self._protocol not in _BUCKETS
@@ -118,11 +133,9 @@ class FilesystemObjects:
     def get(self, key: str) -> memoryview:
         """Read the file whole; see :meth:`Objects.get`."""
         path = self._path(key)
-        return memoryview(self._call("reading", key, lambda: self._fs.cat_file(path)))
+        return memoryview(self._call(failures.READING, key, lambda: self._fs.cat_file(path)))
 
-    def read_into(
-        self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None
-    ) -> None:
+    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
         """Read the file and copy its beginning; see :meth:`Objects.read_into`."""
         expected = target.nbytes if size is None else size
         content = self.get(key)
@@ -144,7 +157,7 @@ class FilesystemObjects:
         path = self._path(key)
         try:
             # Not `fs.exists`: that is true of directories, and of prefixes whose last object is gone.
-            info = self._call("looking for", key, lambda: self._fs.info(path))
+            info = self._call(failures.LOOKING, key, lambda: self._fs.info(path))
         except MissingObjectError:
             self._check_bucket()
             return False
@@ -155,9 +168,7 @@ class FilesystemObjects:
         """List everything below; see :meth:`Objects.list`. The listing is complete before the first is yielded."""
         path = self._base + check_prefix(prefix)
         try:
-            found = self._call(
-                "listing", prefix, lambda: self._fs.find(path.rstrip("/"), withdirs=False, detail=True)
-            )
+            found = self._call("listing", prefix, lambda: self._fs.find(path.rstrip("/"), withdirs=False, detail=True))
         except MissingObjectError:
             return
         self._bucket_seen = True
@@ -201,7 +212,7 @@ class FilesystemObjects:
 
     def _pipe(self, path: str, content: bytes) -> None:
         try:
-            self._fs.pipe_file(path, content)
+            self._fs.pipe_file(path, content, **self._put_limit)
         except FileNotFoundError:
             if self._protocol in _BUCKETS:
                 # Making directories there could make the bucket.
@@ -298,6 +309,12 @@ def _for_s3fs(options: Mapping[str, Any]) -> dict[str, Any]:
     if endpoint:
         config["s3"] = {"addressing_style": "path", **config.get("s3", {})}
     config.setdefault("connect_timeout", 5)
-    config.setdefault("read_timeout", 60)
-    config.setdefault("retries", {"total_max_attempts": 3, "mode": "standard"})
+    config.setdefault("read_timeout", 30)
+    config.setdefault("retries", {"total_max_attempts": 5, "mode": "standard"})
     return {**wanted, "client_kwargs": client, "config_kwargs": config}
+
+
+def _longest_put_seconds(config: Mapping[str, Any]) -> float:
+    retries = config["retries"]
+    attempts = retries.get("total_max_attempts") or retries.get("max_attempts", 4) + 1
+    return float(10 + _S3FS_RETRIES * attempts * (config["connect_timeout"] + config["read_timeout"]))

@@ -184,8 +184,6 @@ def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
     return SealedLayer(version, document, (*chunk_keys, *(prefix + key for key in documents)))
 
 
-
-
 def logical_bytes(spec: ArraySpec) -> int:
     """Return the size of an array's elements in bytes."""
     size = itemsize(spec.dtype)
@@ -228,7 +226,9 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
     try:
         described = json.loads(bytes(raw))["attributes"][ATTRIBUTE]
         if described["format"] > FORMAT:
-            msg = f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
+            msg = (
+                f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
+            )
             raise FormatTooNewError(msg)
         arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
         content = described["content"]
@@ -275,7 +275,9 @@ def _record_to_json(record: ArrayRecord) -> dict[str, Any]:
 
 
 def _record_from_json(path: str, entry: Mapping[str, Any]) -> ArrayRecord:
-    spec = ArraySpec(str(entry["dtype"]), _extents(entry["shape"], 0), _extents(entry["chunk_shape"], 1), str(entry["codec"]))
+    spec = ArraySpec(
+        str(entry["dtype"]), _extents(entry["shape"], 0), _extents(entry["chunk_shape"], 1), str(entry["codec"])
+    )
     if len(spec.shape) != len(spec.chunk_shape) or spec.codec not in codecs.CODECS:
         raise ValueError(path)
     itemsize(spec.dtype)
@@ -298,5 +300,7 @@ def _extents(values: Any, least: int) -> tuple[int, ...]:  # noqa: ANN401
 
 
 def _groups_above(paths: Iterable[str]) -> list[str]:
-    groups = {"/".join(parts[:depth]) for path in paths for parts in (path.split("/"),) for depth in range(1, len(parts))}
+    groups = {
+        "/".join(parts[:depth]) for path in paths for parts in (path.split("/"),) for depth in range(1, len(parts))
+    }
     return sorted(groups)

@@ -83,9 +83,7 @@ class Objects(Protocol):
         """
         ...
 
-    def read_into(
-        self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None
-    ) -> None:
+    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
         """Fill ``target`` with the object's first ``len(target)`` bytes.
 
         Args:

@@ -132,24 +132,28 @@ def _normalise_chain(text: str) -> str:
 
 def _check_protocol(protocol: str) -> None:
     """Refuse protocols that fsspec does not know or cannot speak here."""
-    from fsspec.registry import known_implementations, registry  # takes 50 ms, and local roots do not need it
-
-    if protocol in registry:
+    if protocol in _PACKAGES:
+        check_package(protocol)
         return
-    known = known_implementations.get(protocol)
-    if known is None:
+    from fsspec import available_protocols, get_filesystem_class  # takes 50 ms, and local roots do not need it
+
+    if protocol not in available_protocols():
         msg = f"unknown protocol {protocol!r}; tailorstore speaks file, s3, gs, az, abfs, memory and what fsspec knows"
         raise InvalidInputError(msg)
-    check_package(protocol, known["class"].partition(".")[0])
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        msg = f"{protocol}:// needs another package: {error}"
+        raise MissingDependencyError(msg) from error
 
 
-def check_package(protocol: str, package: str | None = None) -> None:
+def check_package(protocol: str) -> None:
     """Refuse a protocol whose fsspec package is not installed.
 
     Raises:
         MissingDependencyError: names the package.
     """
-    package = package or _PACKAGES.get(protocol)
+    package = _PACKAGES.get(protocol)
     if package is not None and find_spec(package) is None:
         msg = f"{protocol}:// needs the package {package}; install it with: pip install {package}"
         raise MissingDependencyError(msg)

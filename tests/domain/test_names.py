@@ -72,7 +72,15 @@ def test_names_that_could_be_something_else_are_refused(bad: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [("latest", "latest"), ("12", "step"), (12, "step"), ("main", "name"), ("main@12", "branch@step"), ("feature/x@0", "branch@step"), ("0a1b2c", "name")],
+    [
+        ("latest", "latest"),
+        ("12", "step"),
+        (12, "step"),
+        ("main", "name"),
+        ("main@12", "branch@step"),
+        ("feature/x@0", "branch@step"),
+        ("0a1b2c", "name"),
+    ],
 )
 def test_refs(text: str | int, kind: str) -> None:
     assert parse_ref(text).kind == kind

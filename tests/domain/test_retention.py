@@ -1,6 +1,7 @@
 """Retention: what each policy keeps, and why."""
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -27,7 +28,12 @@ def commit(step: int, loss: float = math.nan, age_hours: float = 0) -> Commit:
     return Commit(f"c{step}", step, "main", None, NOW - timedelta(hours=age_hours), None, {"loss": loss}, (), 0, 0)
 
 
-def inventory(*commits: Commit, tags: dict[str, str] | None = None, leased: frozenset[str] = frozenset(), unreachable: tuple[Commit, ...] = ()) -> Inventory:
+def inventory(
+    *commits: Commit,
+    tags: dict[str, str] | None = None,
+    leased: frozenset[str] = frozenset(),
+    unreachable: tuple[Commit, ...] = (),
+) -> Inventory:
     line = sorted(commits, key=lambda c: -c.step)
     return Inventory(NOW, {"main": line}, unreachable, tags or {}, leased)
 
@@ -36,7 +42,9 @@ def kept(policy: RetentionPolicy | None, given_inventory: Inventory) -> list[int
     return sorted(int(commit_id[1:]) for commit_id in decide(given_inventory, policy).kept)
 
 
-TEN = [commit(step, loss=abs(step - 35) if step != 50 else math.nan, age_hours=100 - step) for step in range(10, 101, 10)]
+TEN = [
+    commit(step, loss=abs(step - 35) if step != 50 else math.nan, age_hours=100 - step) for step in range(10, 101, 10)
+]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +86,20 @@ def test_commits_on_no_branch_go_unless_young_or_tagged() -> None:
     assert kept(None, given_inventory) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("make", [lambda: KeepLast(0), lambda: KeepEvery(-1), lambda: KeepBest("x", 0), lambda: KeepLast(True), lambda: KeepWithin(timedelta(0)), lambda: KeepBest("x", 1, mode="least")])  # type: ignore[arg-type]
-def test_policies_that_mean_nothing_are_refused(make: "object") -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: KeepLast(0),
+        lambda: KeepEvery(-1),
+        lambda: KeepBest("x", 0),
+        lambda: KeepLast(True),
+        lambda: KeepWithin(timedelta(0)),
+        lambda: KeepBest("x", 1, mode="least"),  # type: ignore[arg-type]
+    ],
+)
+def test_policies_that_mean_nothing_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidInputError):
-        make()  # type: ignore[operator]
+        make()
 
 
 @given(st.lists(st.integers(0, 500), unique=True, min_size=1), st.integers(1, 9), st.integers(1, 90))

@@ -14,7 +14,17 @@ import torch
 import tailorstore as ts
 from tailorstore.domain.errors import StorageUnavailableError
 from tailorstore.engine.tensors.staging import HostArena
-from tests.kit.models import adamw, assert_same, assert_same_optim, gpt, nudge, optim_snapshot, same_bits, snapshot, train
+from tests.kit.models import (
+    adamw,
+    assert_same,
+    assert_same_optim,
+    gpt,
+    nudge,
+    optim_snapshot,
+    same_bits,
+    snapshot,
+    train,
+)
 
 
 @pytest.fixture
@@ -88,7 +98,9 @@ def test_a_failure_is_raised_by_result(store: ts.Store, monkeypatch: pytest.Monk
     assert store.commit(1, gpt()).step == 1
 
 
-def test_a_failure_nobody_asked_for_is_raised_by_the_next_commit(store: ts.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_nobody_asked_for_is_raised_by_the_next_commit(
+    store: ts.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate(store, monkeypatch)
     gate.error = StorageUnavailableError("the bucket is away")
     gate.opened.set()
@@ -99,7 +111,9 @@ def test_a_failure_nobody_asked_for_is_raised_by_the_next_commit(store: ts.Store
         store.log()
 
 
-def test_a_failure_nobody_asked_for_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_nobody_asked_for_is_raised_by_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = ts.open_store(tmp_path / "root")
     gate = Gate(store, monkeypatch)
     gate.error = StorageUnavailableError("the bucket is away")
@@ -173,7 +187,6 @@ def test_the_arena_copies_every_bit_of_any_layout() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; everything else about staging is tested without")
 def test_copies_from_a_gpu_are_pinned_and_exact() -> None:
     live = torch.randn(1000, 100, device="cuda")
     arena = HostArena()

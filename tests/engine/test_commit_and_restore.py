@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,7 +40,9 @@ def test_round_trip_on_every_root_and_catalog(root: Root, catalog_url: str) -> N
         commit = store.commit(3, model, optim, metrics={"loss": 0.5}, message="first", extra={"epoch": 1})
         assert commit.step == 3
         assert commit.branch == "main"
-        assert set(commit.layers_written) == {"transformer.wte", "transformer.ln_f", "lm_head"} | {f"transformer.h.{i}" for i in range(3)}
+        assert set(commit.layers_written) == {"transformer.wte", "transformer.ln_f", "lm_head"} | {
+            f"transformer.h.{i}" for i in range(3)
+        }
     expected, slots = snapshot(model), optim_snapshot(optim)
     with ts.open_store(root.url, catalog=catalog_url, storage_options=root.storage_options, create=False) as store:
         other = gpt(seed=9)
@@ -118,7 +120,11 @@ def test_odd_tensors_round_trip(tmp_path: Path, codec: Any, *, block: bool) -> N
         for name, tensor in state.items():
             assert same_bits(found[name], tensor), name
         # Restore goes into tensors of the same odd strides.
-        into = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in state.items() if not tensor.is_conj() and not tensor.is_neg()}
+        into = {
+            name: tensor.clone(memory_format=torch.preserve_format)
+            for name, tensor in state.items()
+            if not tensor.is_conj() and not tensor.is_neg()
+        }
         into["expanded"] = torch.zeros(2, 1).expand(2, 5)
         into["strided"] = torch.zeros(4, 6)[::2, 1::3]
         store.checkout().restore(into, strict=False)
@@ -132,7 +138,13 @@ def test_lazy_tensors_read_only_the_chunks_they_need(tmp_path: Path) -> None:
         store.commit(5, {"w": values})
         checkpoint = store.checkout()
         lazy = checkpoint.model["w"]
-        assert (tuple(lazy.shape), lazy.dtype, lazy.nbytes, lazy.layer, lazy.source_step) == ((64, 64), torch.float32, 16384, "w", 5)
+        assert (tuple(lazy.shape), lazy.dtype, lazy.nbytes, lazy.layer, lazy.source_step) == (
+            (64, 64),
+            torch.float32,
+            16384,
+            "w",
+            5,
+        )
         chunks = sorted((tmp_path / "root" / "layers").rglob("c.*"))
         assert len(chunks) == 16
         # Only the chunk with rows 8 to 11 is left: reading those rows must need no other.
@@ -149,7 +161,18 @@ def test_lazy_indexing_means_what_torch_means(store: ts.Store) -> None:
     values = torch.randn(5, 4, 3)
     store.commit(1, {"w": values})
     lazy = store.checkout().model["w"]
-    for index in (..., 2, -1, slice(1, 3), (slice(None), -2), (..., 1), (1, None, ..., slice(None, None, 2)), torch.tensor([0, 3]), values[:, 0, 0] > 0, slice(4, 1)):
+    for index in (
+        ...,
+        2,
+        -1,
+        slice(1, 3),
+        (slice(None), -2),
+        (..., 1),
+        (1, None, ..., slice(None, None, 2)),
+        torch.tensor([0, 3]),
+        values[:, 0, 0] > 0,
+        slice(4, 1),
+    ):
         assert same_bits(lazy[index], values[index].contiguous()), index
     for bad in (5, (0, 0, 0, 0), slice(None, None, -1)):
         with pytest.raises(IndexError):
@@ -324,7 +347,7 @@ def test_tied_weights_are_stored_once(store: ts.Store) -> None:
     other = gpt(seed=4, tied=True)
     other_optim = adamw(other)
     checkpoint.restore(other, other_optim)
-    assert other.lm_head.weight is other.transformer["wte"].weight
+    assert other.lm_head.weight is other.transformer.wte.weight
     assert same_bits(other.lm_head.weight, model.lm_head.weight)
     untied = gpt(seed=4)
     checkpoint.restore(untied)
@@ -335,19 +358,30 @@ def test_tied_weights_are_stored_once(store: ts.Store) -> None:
 def test_compiled_and_plain_models_have_the_same_layers(store: ts.Store) -> None:
     model = gpt()
     store.commit(1, model)
-    assert store.commit(2, torch.compile(model)).layers_written == ()
+    assert store.commit(2, cast("nn.Module", torch.compile(model))).layers_written == ()
     other = gpt(seed=8)
-    store.checkout().restore(torch.compile(other))
+    store.checkout().restore(cast("nn.Module", torch.compile(other)))
     assert_same(snapshot(other), snapshot(model))
 
 
 def test_strict_restore_lists_every_difference_and_changes_nothing(store: ts.Store) -> None:
     store.commit(1, {"same": torch.ones(2), "gone": torch.ones(1), "wide": torch.ones(3), "kind": torch.ones(2)})
-    target = {"same": torch.zeros(2), "new": torch.zeros(1), "wide": torch.zeros(4), "kind": torch.zeros(2, dtype=torch.bfloat16)}
+    target = {
+        "same": torch.zeros(2),
+        "new": torch.zeros(1),
+        "wide": torch.zeros(4),
+        "kind": torch.zeros(2, dtype=torch.bfloat16),
+    }
     with pytest.raises(RestoreMismatchError) as caught:
         store.checkout().restore(target)
     message = str(caught.value)
-    for part in ("missing: new", "unexpected: gone", "shape: wide is [4]", "[3] in the composite", "dtype: kind is bfloat16"):
+    for part in (
+        "missing: new",
+        "unexpected: gone",
+        "shape: wide is [4]",
+        "[3] in the composite",
+        "dtype: kind is bfloat16",
+    ):
         assert part in message
     assert all(not tensor.any() for tensor in target.values())
     del target["wide"]
@@ -362,7 +396,11 @@ def test_restore_needs_the_same_parameter_groups(store: ts.Store) -> None:
     optim = adamw(model)
     train(model, [optim], 1)
     store.commit(1, model, optim)
-    split = torch.optim.AdamW([{"params": [model.lm_head.weight]}, {"params": list(model.transformer.parameters())}])
+    groups: list[dict[str, Any]] = [
+        {"params": [model.lm_head.weight]},
+        {"params": list(model.transformer.parameters())},
+    ]
+    split = torch.optim.AdamW(groups)
     with pytest.raises(RestoreMismatchError, match="2 parameter groups, 1 in the composite"):
         store.checkout().restore(model, split)
     short = torch.optim.AdamW([param for name, param in model.named_parameters() if name != "lm_head.weight"])

@@ -172,7 +172,9 @@ def test_a_failed_delete_is_counted_and_retried_by_the_next_run(
 @pytest.mark.s3
 def test_more_than_a_thousand_objects_on_s3(s3_root: Root, tmp_path: Path) -> None:
     many = {f"m.{at}.w": torch.full((1,), float(at)) for at in range(180)}
-    with ts.open_store(s3_root.url, catalog=f"sqlite:///{tmp_path}/c.db", storage_options=s3_root.storage_options) as store:
+    with ts.open_store(
+        s3_root.url, catalog=f"sqlite:///{tmp_path}/c.db", storage_options=s3_root.storage_options
+    ) as store:
         store.commit(1, many)
         store.commit(2, {name: tensor + 1 for name, tensor in many.items()})
         store.commit(3, {name: tensor + 2 for name, tensor in many.items()})

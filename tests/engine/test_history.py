@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import SupportsFloat
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_every_form_of_ref(store: ts.Store) -> None:
     commits = fill(store, 10, 20, 30)
     store.tag("best", 20)
     store.branch("try", 10)
-    for ref, step in [
+    refs: list[tuple[str | int, int]] = [
         ("latest", 30),
         (20, 20),
         ("20", 20),
@@ -58,7 +59,8 @@ def test_every_form_of_ref(store: ts.Store) -> None:
         ("try@10", 10),
         (commits[0].id, 10),
         (commits[1].id[:9], 20),
-    ]:
+    ]
+    for ref, step in refs:
         with store.checkout(ref) as checkpoint:
             assert checkpoint.step == step, ref
             assert checkpoint.model_state_dict()["a.w"][0] == step
@@ -103,7 +105,7 @@ def test_steps_must_grow_and_the_error_names_both_ways_on(store: ts.Store) -> No
 @pytest.mark.parametrize("step", [-1, 1.5, "3", True, None, 2**63])
 def test_steps_that_are_none_are_refused(store: ts.Store, step: object) -> None:
     with pytest.raises(ts.InvalidInputError, match="step"):
-        store.commit(step, weights(0))  # type: ignore[arg-type]
+        store.commit(step, weights(0))  # type: ignore[call-overload]
 
 
 def test_a_fork_shares_its_layers_and_goes_on(root: Root, catalog_url: str) -> None:
@@ -198,7 +200,30 @@ def test_another_model_goes_on_a_new_branch(tmp_path: Path) -> None:
         assert store.checkout("main").model["a.w"].shape == (3,)
 
 
-HOSTILE = ["../../etc/passwd", "a/b/c", "..", ".", "", " ", "zarr.json", "c", "@optim", "@optim.exp_avg", "__x", "naïve.模型", "x" * 300, "a\x00b", "C:\\x", "~root", "$HOME", "%2e%2e", "\udc80", "w.W", "W.w", "@extras"]
+HOSTILE = [
+    "../../etc/passwd",
+    "a/b/c",
+    "..",
+    ".",
+    "",
+    " ",
+    "zarr.json",
+    "c",
+    "@optim",
+    "@optim.exp_avg",
+    "__x",
+    "naïve.模型",
+    "x" * 300,
+    "a\x00b",
+    "C:\\x",
+    "~root",
+    "$HOME",
+    "%2e%2e",
+    "\udc80",
+    "w.W",
+    "W.w",
+    "@extras",
+]
 
 
 def test_hostile_names_are_stored_safely_and_restored_exactly(root: Root, catalog_url: str, tmp_path: Path) -> None:
@@ -224,7 +249,8 @@ def test_a_layer_of_the_name_of_ours_is_refused(store: ts.Store) -> None:
 
 
 def test_metrics_that_are_not_numbers_are_stored_and_others_refused(store: ts.Store) -> None:
-    commit = store.commit(1, weights(1), metrics={"loss": float("nan"), "up": float("inf"), "t": torch.tensor(2.0)})  # type: ignore[dict-item]
+    metrics: dict[str, SupportsFloat] = {"loss": float("nan"), "up": float("inf"), "t": torch.tensor(2.0)}
+    commit = store.commit(1, weights(1), metrics=metrics)
     assert str(store.log()[0].metrics["loss"]) == "nan"
     assert commit.metrics["up"] == float("inf")
     assert commit.metrics["t"] == 2.0

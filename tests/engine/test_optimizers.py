@@ -62,7 +62,7 @@ def step(model: nn.Module, optimizers: Optimizers, steps: int, seed: int) -> flo
 
     loss = 0.0
     for _ in range(steps):
-        loss = float(optimizers[0].step(closure))  # type: ignore[arg-type]
+        loss = float(optimizers[0].step(closure))
     return loss
 
 

@@ -157,7 +157,9 @@ def test_commits_without_their_root_document_are_not_overwritten(tmp_path: Path)
         ts.open_store(tmp_path / "root")
 
 
-def test_a_taken_root_is_found_even_when_the_take_over_comes_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_root_is_found_even_when_the_take_over_comes_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ts.open_store(tmp_path / "root") as first:
         first.commit(1, weights(1))
         put = first._objects.put

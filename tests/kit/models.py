@@ -1,6 +1,6 @@
 """Small models of the shapes that people train, and ways to compare state to the bit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -20,7 +20,18 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.attn(self.ln_1(x)).chunk(3, dim=-1)
         x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.mlp(x)
+        out: torch.Tensor = x + self.mlp(x)
+        return out
+
+
+class Trunk(nn.Module):
+    """All of a decoder but its head."""
+
+    def __init__(self, layers: int, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, width)
+        self.h = nn.ModuleList(Block(width) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
 
 
 class Gpt(nn.Module):
@@ -28,22 +39,16 @@ class Gpt(nn.Module):
 
     def __init__(self, layers: int = 3, width: int = 16, vocabulary: int = 32, *, tied: bool = False) -> None:
         super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocabulary, width),
-                "h": nn.ModuleList(Block(width) for _ in range(layers)),
-                "ln_f": nn.LayerNorm(width),
-            }
-        )
+        self.transformer = Trunk(layers, width, vocabulary)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         if tied:
-            self.lm_head.weight = self.transformer["wte"].weight
+            self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.transformer["wte"](tokens)
-        for block in self.transformer["h"]:
+        x: torch.Tensor = self.transformer.wte(tokens)
+        for block in self.transformer.h:
             x = block(x)
-        logits: torch.Tensor = self.lm_head(self.transformer["ln_f"](x))
+        logits: torch.Tensor = self.lm_head(self.transformer.ln_f(x))
         return logits
 
 
@@ -53,7 +58,7 @@ def gpt(seed: int = 0, **kwargs: Any) -> Gpt:
     return Gpt(**kwargs)
 
 
-def train(model: nn.Module, optimizers: "list[torch.optim.Optimizer]", steps: int, seed: int = 0) -> float:
+def train(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], steps: int, seed: int = 0) -> float:
     """Train on fixed random tokens and return the last loss; the same from the same state."""
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())

@@ -3,7 +3,7 @@
 Nothing is copied here: a capture holds the live tensors themselves, and a JSON skeleton that says where each belongs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,7 @@ def capture(model: Model, optim: Optim, rule: LayerRule) -> Capture:
 class _NamedState:
     state: dict[str, Mapping[str, Any]]
     groups: list[dict[str, Any]]
-    shared: dict[str, Any]
+    shared: dict[Any, Any]
 
 
 def _named_state(
@@ -194,10 +194,15 @@ def _named_state(
     if isinstance(optimizer, torch.optim.Optimizer):
         groups = []
         for at, group in enumerate(optimizer.param_groups):
-            members = [_name_of(param, names, f"optimizer {number}, group {at}, item {i}") for i, param in enumerate(group["params"])]
+            members = [
+                _name_of(param, names, f"optimizer {number}, group {at}, item {i}")
+                for i, param in enumerate(group["params"])
+            ]
             groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": members})
-        state = {names[id(key)]: slots for key, slots in optimizer.state.items() if id(key) in names}
-        shared = {key: value for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)}
+        # Annotated as keyed by tensors; optimizers of the wild keep state of their own under other keys.
+        held: Mapping[Any, Any] = optimizer.state
+        state = {names[id(key)]: slots for key, slots in held.items() if id(key) in names}
+        shared = {key: value for key, value in held.items() if not isinstance(key, torch.Tensor)}
         return _NamedState(state, groups, shared)
     by_name = optimizer["state"] if "state" in optimizer and "param_groups" in optimizer else optimizer
     for name, slots in by_name.items():
@@ -215,7 +220,9 @@ def _name_of(param: torch.Tensor, names: Mapping[int, str], where: str) -> str:
     try:
         return names[id(param)]
     except KeyError:
-        msg = f"{where}: a parameter of shape {tuple(param.shape)} is not a tensor of the model; pass the model it trains"
+        msg = (
+            f"{where}: a parameter of shape {tuple(param.shape)} is not a tensor of the model; pass the model it trains"
+        )
         raise InvalidInputError(msg) from None
 
 
@@ -236,7 +243,9 @@ class _Sorter:
             msg = f"the layer rule gave {layer!r} for {tensor_name!r}; it must give a string"
             raise InvalidInputError(msg)
         if layer == EXTRA_LAYER:
-            msg = f"tensor {tensor_name!r} would be in a layer named {EXTRA_LAYER}, which is tailorstore's own; rename it"
+            msg = (
+                f"tensor {tensor_name!r} would be in a layer named {EXTRA_LAYER}, which is tailorstore's own; rename it"
+            )
             raise InvalidInputError(msg)
         empty: dict[str, Any] = {"params": {}, "buffers": {}, "states": {}, "optim": {}, "aliases": {}}
         return self._contents.setdefault(layer, empty), self._packers.setdefault(layer, Packer())
@@ -289,12 +298,3 @@ def _pack_state(packer: Packer, value: Any, name: str) -> Any:  # noqa: ANN401
         raise ExtraStateError(msg) from error
     packer.arrays.update(nested.arrays)
     return packed
-
-
-def named_tensors(items: Iterable[LayerCapture]) -> dict[str, torch.Tensor]:
-    """Return full tensor name → tensor for parameters and buffers of some layers."""
-    found = {}
-    for layer in items:
-        for kind in ("params", "buffers"):
-            found |= {name: layer.arrays[value["$array"]] for name, value in layer.content[kind].items()}
-    return found

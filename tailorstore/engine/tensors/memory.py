@@ -1,10 +1,14 @@
 """Tensors as bytes: dtype names, views of memory, copies that keep every bit."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from tailorstore.domain.chunks import Chunk
 from tailorstore.domain.errors import InvalidInputError
+
+Tensor = torch.Tensor
+"""For floors that handle tensors without importing torch."""
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -67,7 +71,8 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     if tensor.numel() == 0:
         return memoryview(bytearray())
     flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def resolved(tensor: torch.Tensor) -> torch.Tensor:

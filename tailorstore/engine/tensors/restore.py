@@ -2,12 +2,21 @@
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from tailorstore.domain.errors import InvalidInputError, RestoreMismatchError
-from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike, find_aliases, model_tensors, optimizers_of, unwrap
+from tailorstore.engine.tensors.capture import (
+    Model,
+    Optim,
+    OptimizerLike,
+    find_aliases,
+    model_tensors,
+    optimizers_of,
+    unwrap,
+)
 from tailorstore.engine.tensors.memory import DTYPES
 from tailorstore.engine.tensors.packing import unpack
 
@@ -47,8 +56,16 @@ def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[
     filling = Filling()
     aliases = find_aliases(tensors)
     if strict:
-        problems += [f"missing: {name} {list(tensor.shape)} is not in the composite" for name, tensor in tensors.items() if name not in stored]
-        problems += [f"unexpected: {name} {list(known.shape)} is not in the model" for name, known in stored.items() if name not in tensors]
+        problems += [
+            f"missing: {name} {list(tensor.shape)} is not in the composite"
+            for name, tensor in tensors.items()
+            if name not in stored
+        ]
+        problems += [
+            f"unexpected: {name} {list(known.shape)} is not in the model"
+            for name, known in stored.items()
+            if name not in tensors
+        ]
     for name, tensor in tensors.items():
         if name not in stored or name in aliases:
             continue
@@ -70,7 +87,11 @@ def plan_states(model: Model, states: Mapping[str, Any], load: Callable[[str, st
         return
     for name, value in states.items():
         owner = name.removesuffix("_extra_state").removesuffix(".")
-        filling.finish.append(lambda owner=owner, name=name, value=value: module.get_submodule(owner).set_extra_state(unpack(value, lambda path: load(name, path))))  # type: ignore[misc]
+        filling.finish.append(partial(_set_state, module, owner, value, partial(load, name)))
+
+
+def _set_state(module: torch.nn.Module, owner: str, value: Any, load: Callable[[str], Any]) -> None:  # noqa: ANN401
+    module.get_submodule(owner).set_extra_state(unpack(value, load))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,12 @@ class StoredOptim:
 
 
 def plan_optim(
-    model: Model, optim: Optim, stored: StoredOptim, problems: list[str], filling: Filling, load: Callable[[str, str], Any]
+    model: Model,
+    optim: Optim,
+    stored: StoredOptim,
+    problems: list[str],
+    filling: Filling,
+    load: Callable[[str, str], Any],
 ) -> None:
     """Match optimizers with stored ones, group by group and parameter by parameter.
 
@@ -116,7 +142,7 @@ def plan_optim(
             plan.match(groups, problems)
             shared = stored.shared[number] if stored.shared else None
             if shared:
-                filling.finish.append(lambda optimizer=optimizer, shared=shared: optimizer.state.update(shared))  # type: ignore[misc]
+                filling.finish.append(partial(optimizer.state.update, shared))
         else:
             _fill_state_dict(optimizer, groups, stored, filling, load)
 
@@ -155,7 +181,7 @@ class _OptimizerPlan:
                     self._plan_param(name, param, group)
             if groups:
                 options = {key: value for key, value in groups[at].items() if key != "params"}
-                self._filling.finish.append(lambda group=group, options=options: group.update(options))  # type: ignore[misc]
+                self._filling.finish.append(partial(group.update, options))
 
     def _plan_param(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> None:
         slots = self._stored.slots.get(name)
@@ -183,7 +209,12 @@ class _OptimizerPlan:
         )
 
     def _scalar(
-        self, fresh: dict[str, Any], slot: str, name: str, value: Any, device: torch.device  # noqa: ANN401
+        self,
+        fresh: dict[str, Any],
+        slot: str,
+        name: str,
+        value: Any,  # noqa: ANN401
+        device: torch.device,
     ) -> Callable[[], None]:
         def finish() -> None:
             found = unpack(value, lambda path: self._load(name, path))
@@ -230,7 +261,10 @@ def _fill_state_dict(
     wrapped = "state" in target and "param_groups" in target
 
     def finish() -> None:
-        state = {name: {slot: unpack(value, lambda path, name=name: load(name, path)) for slot, value in slots.items()} for name, slots in stored.slots.items()}  # type: ignore[misc]
+        state = {
+            name: {slot: unpack(value, partial(load, name)) for slot, value in slots.items()}
+            for name, slots in stored.slots.items()
+        }
         if wrapped:
             target["state"] = state
             target["param_groups"] = [dict(group) for group in groups]

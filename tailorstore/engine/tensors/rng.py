@@ -17,7 +17,7 @@ def rng_states() -> dict[str, Any]:
         "numpy": (str(name), np.asarray(keys, dtype="<u4").tobytes(), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return states
 

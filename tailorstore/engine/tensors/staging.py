@@ -63,7 +63,7 @@ class HostArena:
         return self._block[offset : offset + nbytes(like)].view(like.dtype).view(like.shape)
 
     def _copy_from_cuda(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        stream = self._streams.setdefault(source.device, torch.cuda.Stream(source.device))
+        stream = self._streams.setdefault(source.device, torch.cuda.Stream(source.device))  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(source.device))
         with torch.cuda.stream(stream):
             target.copy_(resolved(source), non_blocking=True)

@@ -1,0 +1,74 @@
+"""``open_store``: from a URL to a store."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.names import DEFAULT_BRANCH, LayerRule, check_name, layer_rule
+from tailorstore.domain.records import DEFAULT_LEASE
+from tailorstore.engine.opening import default_catalog, open_root
+from tailorstore.engine.plan import Layout
+from tailorstore.engine.session import Session
+from tailorstore.engine.store import Store
+from tailorstore.storage.codecs import CODECS
+from tailorstore.storage.objects import normalise_url, open_objects, printable_url
+
+DEFAULT_CHUNK_BYTES = 32 << 20
+_SMALLEST_CHUNK_BYTES = 1024
+
+
+def open_store(
+    url: str | os.PathLike[str],
+    *,
+    catalog: str | None = None,
+    branch: str = DEFAULT_BRANCH,
+    storage_options: Mapping[str, Any] | None = None,
+    create: bool = True,
+    transport: Literal["obstore", "fsspec"] | None = None,
+    layers: int | LayerRule = 1,
+    codec: Literal["none", "lz4", "zstd"] = "none",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    lease: timedelta = DEFAULT_LEASE,
+) -> Store:
+    """Open the store at a URL, making it if there is none.
+
+    Args:
+        url: the root: a path, ``file://``, ``s3://bucket/prefix``, ``gs://``, ``memory://`` or any fsspec URL.
+        catalog: ``sqlite:///path.db`` or ``postgresql+psycopg://…``. Default: a SQLite file inside a local root; for a
+            remote root one in the user's data directory.
+        branch: where commits go and what ``latest`` means; its first commit makes it.
+        storage_options: in the words of the fsspec filesystem; or nothing and the standard ``AWS_*`` variables.
+        create: make the store if there is none.
+        transport: ``None`` for the fastest that speaks the URL, ``"obstore"`` or ``"fsspec"``.
+        layers: how tensors are sorted into layers: a depth (a layer is a name up to its first integer part, 2: up to
+            the second, for experts), or a function from tensor name to layer name.
+        codec: ``"none"``, ``"lz4"`` or ``"zstd"``: lossless; worth it where storage is slower than about 1 GB/s.
+        chunk_bytes: largest chunk, at least 1024.
+        lease: how long a commit or reader that died keeps GC away from what it held.
+
+    Raises:
+        StoreNotFoundError: there is no store and ``create`` is false.
+        NotAStoreError, FormatTooNewError, SchemaOutdatedError, SchemaTooNewError: something else is there, or
+            another version's; the message says what to do.
+        InvalidInputError: an argument cannot be used.
+        BucketNotFoundError, AccessDeniedError, UnavailableError: root or catalog cannot be reached.
+    """
+    check_name("branch", branch)
+    if codec not in CODECS:
+        msg = f"unknown codec {codec!r}; use one of {', '.join(CODECS)}"
+        raise InvalidInputError(msg)
+    if not isinstance(chunk_bytes, int) or chunk_bytes < _SMALLEST_CHUNK_BYTES:
+        msg = f"chunk_bytes must be at least {_SMALLEST_CHUNK_BYTES}, not {chunk_bytes!r}"
+        raise InvalidInputError(msg)
+    rule = layers if callable(layers) else layer_rule(layers)
+    objects = open_objects(normalise_url(url), storage_options, transport)
+    catalog_url = catalog or default_catalog(printable_url(normalise_url(url)))
+    try:
+        opened = open_root(objects, catalog_url, create=create)
+    except BaseException:
+        objects.close()
+        raise
+    session = Session(objects, opened, catalog_url, lease)
+    return Store(session, branch=branch, rule=rule, layout=Layout(chunk_bytes, codec))

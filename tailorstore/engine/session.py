@@ -1,0 +1,129 @@
+"""Who owns what: a root, the catalog that answers for it, and the claims that this process has on both."""
+
+from datetime import timedelta
+
+from tailorstore.catalog.catalog import Catalog, StoreCatalog
+from tailorstore.domain.errors import ClosedError, RootTakenError
+from tailorstore.domain.records import Binding, RebuildReport
+from tailorstore.engine.leases import LeaseKeeper
+from tailorstore.engine.opening import Opened, load_history, open_copy
+from tailorstore.engine.rebuild import read_history
+from tailorstore.storage.manifests import manifest_ids, read_binding, ref_record_ids, write_binding
+from tailorstore.storage.objects import printable_url
+from tailorstore.storage.transport import Objects
+
+
+class Session:
+    """An open root with its catalog. Knows whether it may write, and notices what others do to the root."""
+
+    def __init__(self, objects: Objects, opened: Opened, catalog_url: str, lease: timedelta) -> None:
+        """Take what ``opening.open_root`` found.
+
+        Args:
+            objects: the root.
+            opened: with the catalog that answers for it.
+            catalog_url: the catalog that was asked for; the one that a take-over fills.
+            lease: how long claims live that are not renewed.
+        """
+        self.objects = objects
+        self.closed = False
+        self._catalog_url = catalog_url
+        self._lease = lease
+        self._use(opened)
+
+    def _use(self, opened: Opened) -> None:
+        self._opened = opened
+        self.catalog: StoreCatalog = opened.store
+        self.binding: Binding = opened.binding
+        self.keeper = LeaseKeeper(self.catalog.renew, self.catalog.release, self._lease)
+        self._seen = self._fingerprint() if not opened.owned else None
+
+    @property
+    def writable(self) -> bool:
+        """Whether the catalog owns the root and this process may write to it."""
+        return self._opened.owned and not self._opened.catalog.read_only
+
+    @property
+    def catalog_url(self) -> str:
+        """The catalog that was asked for, without its password."""
+        return self._opened.catalog.url if self._opened.owned else printable_url(self._catalog_url)
+
+    def check_open(self) -> None:
+        """Make sure that it has not been closed.
+
+        Raises:
+            ClosedError: it has.
+        """
+        if self.closed:
+            msg = f"the store {self.objects.url} was closed; open it again"
+            raise ClosedError(msg)
+
+    def check_writable(self, verb: str) -> None:
+        """Make sure that the catalog owns the root.
+
+        Raises:
+            ClosedError: the store was closed.
+            RootTakenError: another catalog owns the root; the message says which.
+        """
+        self.check_open()
+        if not self._opened.owned:
+            msg = (
+                f"cannot {verb}: the root {self.objects.url} belongs to catalog {self.binding.catalog_id} (epoch"
+                f" {self.binding.epoch}), not to {self.catalog_url}. Open it with that catalog, or take it over with"
+                " rebuild_catalog() ('tailorstore rebuild')"
+            )
+            raise RootTakenError(msg)
+
+    def refresh(self) -> bool:
+        """Notice what a root's owner has published since the root was opened for reading.
+
+        Returns:
+            Whether the catalog is another object than before.
+        """
+        self.check_open()
+        if self._opened.owned or self._fingerprint() == self._seen:
+            return False
+        copy = open_copy(self.objects, read_binding(self.objects) or self.binding)
+        self._leave()
+        self._use(copy)
+        return True
+
+    def take_over(self) -> RebuildReport:
+        """Fill the catalog that was asked for from the manifests in the root, and make it the root's owner.
+
+        Raises:
+            UnavailableError, AccessDeniedError: root or catalog cannot be read or written. Do it again: until it
+                succeeds the root can be read from its manifests.
+        """
+        found = read_binding(self.objects) or self.binding
+        catalog = Catalog.open(self._catalog_url, create=True)
+        binding = Binding(found.store_id, catalog.catalog_id, found.epoch + 1)
+        # Claim first, read after: whoever owned the root writes a manifest before it looks who owns the root, so what
+        # it still publishes is among the manifests, and all else it finds refused.
+        write_binding(self.objects, binding, replace=True)
+        history = read_history(self.objects)
+        store = load_history(catalog, binding, self.objects, history)
+        self._leave()
+        self._use(Opened(catalog, store, binding, owned=True))
+        return RebuildReport(
+            commits=len(history.commits),
+            versions=len({(v.layer, v.version_id) for m in history.commits for v in m.versions.values()}),
+            branches=tuple(sorted(history.branches)),
+            tags=tuple(sorted(history.tags)),
+            unplaced=history.unplaced,
+            unreadable=history.unreadable,
+            epoch=binding.epoch,
+        )
+
+    def close(self) -> None:
+        """Give leases back and close connections."""
+        self.closed = True
+        self._leave()
+        self.objects.close()
+
+    def _leave(self) -> None:
+        self.keeper.close()
+        self._opened.close()
+
+    def _fingerprint(self) -> frozenset[str]:
+        return frozenset(manifest_ids(self.objects)) | frozenset(ref_record_ids(self.objects))
