@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -61,6 +62,9 @@ def measure(
             rest = open_objects(base, storage_options, transport)
             rest.delete([info.key for info in rest.list()])
             rest.close()
+            if base.startswith(("/", ".", "file:")):
+                with suppress(OSError):
+                    Path(base.removeprefix("file://")).rmdir()
 
 
 class _Bench:

@@ -233,8 +233,9 @@ class GcReport:
 
     @property
     def bytes_to_free(self) -> int:
-        """Bytes that this plan frees now or after the grace period."""
-        return self.bytes_doomed + self.bytes_freed
+        """Bytes that this run freed (dry: would free), and those that it leaves to be freed after the grace period."""
+        freed_already = not self.dry_run and not self.grace
+        return self.bytes_freed + (0 if freed_already else self.bytes_doomed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ another one, or none, it is read from its manifests, through a catalog made for 
 
 import atexit
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ from tailorstore.domain.records import Binding
 from tailorstore.engine.rebuild import History, read_history
 from tailorstore.storage.manifests import read_binding, write_binding
 from tailorstore.storage.transport import Objects
+
+logger = logging.getLogger("tailorstore")
 
 _memory_catalogs: dict[str, str] = {}
 
@@ -95,6 +98,9 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
     """
     binding = read_binding(objects)
     if binding is None:
+        orphan = _open_orphan(objects)
+        if orphan is not None:
+            return orphan
         if not create:
             msg = f"there is no store at {objects.url}; make one with open_store(...) or 'tailorstore init'"
             raise StoreNotFoundError(msg)
@@ -138,13 +144,21 @@ def _open_existing(catalog_url: str) -> Catalog | None:
         return None
 
 
-def _create(objects: Objects, catalog_url: str) -> Opened:
-    for _ in objects.list(COMMITS_PREFIX):
-        msg = (
-            f"{objects.url} holds commits but its {ROOT_DOCUMENT} is gone, so nobody can tell which catalog owns it:"
-            f" put {ROOT_DOCUMENT} back, or take the root over with 'tailorstore rebuild'"
-        )
+def _open_orphan(objects: Objects) -> Opened | None:
+    """Open a root whose ``tailorstore.json`` is gone: for reading, until a take-over writes a new one."""
+    if next(iter(objects.list(COMMITS_PREFIX)), None) is None:
+        return None
+    bindings = [manifest.binding for manifest in read_history(objects).commits]
+    if not bindings:
+        msg = f"{objects.url} holds commits, but neither a {ROOT_DOCUMENT} nor a manifest that can be read"
         raise NotAStoreError(msg)
+    logger.warning(
+        "the %s of %s is gone: it can be read; 'tailorstore rebuild' makes a new one", ROOT_DOCUMENT, objects.url
+    )
+    return open_copy(objects, max(bindings, key=lambda binding: binding.epoch))
+
+
+def _create(objects: Objects, catalog_url: str) -> Opened:
     catalog = Catalog.open(catalog_url, create=True)
     try:
         binding = Binding(new_id(), catalog.catalog_id, 1)

@@ -24,6 +24,7 @@ _SMALL = (
 )  # fmt: skip
 """Torch, `ml_dtypes`, TensorStore and the registry agree on these names."""
 
+
 def register() -> None:
     """Make the types known to zarr-python, also where the entry points are not installed. Twice does no harm."""
     from zarr.dtype import data_type_registry

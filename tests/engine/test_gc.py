@@ -92,6 +92,7 @@ def test_a_dry_run_plans_the_same_and_changes_nothing(store: ts.Store, tmp_path:
     assert {c.id for c in plan.expired} == {c.id for c in real.expired}
     assert plan.kept == real.kept
     assert (plan.versions_doomed, plan.bytes_doomed) == (real.versions_doomed, real.bytes_doomed)
+    assert plan.bytes_to_free == real.bytes_to_free == real.bytes_freed > 0
 
 
 def test_what_a_reader_holds_is_kept(store: ts.Store) -> None:

@@ -149,12 +149,19 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         ts.open_store(tmp_path / "root")
 
 
-def test_commits_without_their_root_document_are_not_overwritten(tmp_path: Path) -> None:
+def test_a_root_that_lost_its_document_is_read_and_taken_over(tmp_path: Path) -> None:
     with ts.open_store(tmp_path / "root") as store:
         store.commit(1, weights(1))
     (tmp_path / "root" / "tailorstore.json").unlink()
-    with pytest.raises(NotAStoreError, match=r"tailorstore\.json is gone"):
-        ts.open_store(tmp_path / "root")
+    with ts.open_store(tmp_path / "root") as store:
+        assert not store.writable
+        assert store.checkout(1).model_state_dict()["a.w"][0] == 1
+        with pytest.raises(RootTakenError):
+            store.commit(2, weights(2))
+        assert store.rebuild_catalog().commits == 1
+        store.commit(2, weights(2))
+    with ts.open_store(tmp_path / "root", create=False) as store:
+        assert [commit.step for commit in store.log()] == [2, 1]
 
 
 def test_a_taken_root_is_found_even_when_the_take_over_comes_in_the_middle(
