@@ -66,7 +66,7 @@ class Prepared:
     """An announced commit: all that writing and publishing it needs. Holds its tensors until it is written."""
 
     draft: CommitDraft
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[LayerCapture, ...]
     head: Head | None
 
 
@@ -103,18 +103,13 @@ class Committer:
         extra = _capture_extra(captured, request.extra)
         commit_id = new_id()
         head, due = self._announce(commit_id, request, captured)
-        try:
-            layers = [captured.layers[name] for name in due] + [extra]
-            if staged:
+        layers = [*(captured.layers[name] for name in due), extra]
+        if staged:
+            try:
                 layers = _stage(self.arena, layers)
-            known = head.documents if head else {}
-            planned = tuple(
-                plan_layer(layer, self.layout, known.get(layer.name) if layer.name != EXTRA_LAYER else None)
-                for layer in layers
-            )
-        except BaseException:
-            self._abandon(commit_id)
-            raise
+            except BaseException:
+                self._abandon(commit_id)
+                raise
         logical = sum(layer.nbytes for layer in captured.layers.values()) + extra.nbytes
         draft = CommitDraft(
             id=commit_id,
@@ -125,7 +120,7 @@ class Committer:
             metrics=request.metrics,
             bytes_logical=logical,
         )
-        return Prepared(draft, planned, head)
+        return Prepared(draft, tuple(layers), head)
 
     def carry_out(self, prepared: Prepared) -> Commit:
         """Write, seal and publish an announced commit.
@@ -138,7 +133,7 @@ class Committer:
         """
         written = Written()
         try:
-            write_layers(self.objects, prepared.draft.id, prepared.draft.step, prepared.layers, written)
+            write_layers(self.objects, prepared.draft.id, prepared.draft.step, self._plan(prepared), written)
             manifest = self._manifest(prepared, written)
             written.keys.append(write_manifest(self.objects, manifest))
             check_binding(self.objects, self.binding)
@@ -194,6 +189,14 @@ class Committer:
             f"branch {self.branch!r} moves faster than step {request.step} can be announced; commit on your own branch"
         )
         raise HeadMovedError(msg)
+
+    def _plan(self, prepared: Prepared) -> list[PlannedLayer]:
+        known = prepared.head.documents if prepared.head else {}
+        # What every commit writes is not compared: it is a few kilobytes, and always of the commit's own step.
+        return [
+            plan_layer(layer, self.layout, known.get(layer.name) if layer.name != EXTRA_LAYER else None)
+            for layer in prepared.layers
+        ]
 
     def _manifest(self, prepared: Prepared, written: Written) -> CommitManifest:
         draft = prepared.draft

@@ -2,12 +2,15 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from tailorstore.domain.errors import UnavailableError
 from tailorstore.domain.records import Commit
 
 logger = logging.getLogger("tailorstore")
+
+_HEAD_START_SECONDS = 0.002
 
 
 class PendingCommit:
@@ -67,6 +70,8 @@ class PendingCommit:
             raise self._error
 
     def _run(self, carry_out: Callable[[], Commit]) -> None:
+        # Let the caller go first: it waits for the interpreter's lock, and this thread would hold it for milliseconds.
+        time.sleep(_HEAD_START_SECONDS)
         try:
             self._commit = carry_out()
         except BaseException as error:  # noqa: BLE001 - kept for whoever asks

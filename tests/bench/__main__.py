@@ -43,7 +43,7 @@ def catalog(url: str, name: str, versions: int) -> Iterator[Row]:
 def catalogs(versions: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         rows = list(catalog(f"sqlite:///{Path(folder) / 'scale.sqlite'}", "SQLite", versions))
-    with run_postgres() as server, server.create_database() as url:
+    with run_postgres(durable=True) as server, server.create_database() as url:
         rows += catalog(url, "Postgres", versions)
     return rows
 

@@ -88,8 +88,8 @@ def postgres_programs() -> Path:
 
 
 @contextlib.contextmanager
-def run_postgres() -> Iterator[PostgresServer]:
-    """Run a PostgreSQL server.
+def run_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
+    """Run a PostgreSQL server; unless it must be ``durable``, one that does not wait for the disk.
 
     Raises:
         ServerMissingError: its programs are not installed.
@@ -101,7 +101,7 @@ def run_postgres() -> Iterator[PostgresServer]:
 
     def start() -> Leash:
         with reserve_ports(1) as (port,):
-            leash, server = _start_postgres(programs, password, port)
+            leash, server = _start_postgres(programs, password, port, durable=durable)
         servers.append(server)
         return leash
 
@@ -112,7 +112,7 @@ def run_postgres() -> Iterator[PostgresServer]:
         leash.release()
 
 
-def _start_postgres(programs: Path, password: str, port: int) -> tuple[Leash, PostgresServer]:
+def _start_postgres(programs: Path, password: str, port: int, *, durable: bool) -> tuple[Leash, PostgresServer]:
     directory = temporary_directory("pg")
     try:
         owner = _unprivileged_owner()
@@ -127,7 +127,7 @@ def _start_postgres(programs: Path, password: str, port: int) -> tuple[Leash, Po
             [
                 programs / "postgres",
                 *("-D", directory / "data", "-k", directory, "-h", HOST, "-p", str(port)),
-                *("-F", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"),
+                *(() if durable else ("-F", "-c", "synchronous_commit=off", "-c", "full_page_writes=off")),
             ],
             directory=directory,
             port_taken="Address already in use",

@@ -1,7 +1,9 @@
 """``tailorstore demo``: the whole story, told while it happens."""
 
+import contextlib
 import shlex
-from contextlib import contextmanager
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,7 @@ def command(settings: Settings, folder: Path, steps: int | None, quick: bool) ->
         _print_result(result)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(settings: Settings, steps: int) -> "Iterator[Report]":
     """Give a function that shows on stderr what happens: a bar on a terminal, and a line for each turn of the story."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -142,17 +144,27 @@ def _print_result(result: "DemoResult") -> None:
             ("killed commit", f"gc would sweep {leftovers}, once the grace period is over"),
         ],
     )
-    store = shlex.quote(result.store)
+    store, program = shlex.quote(result.store), shlex.quote(_program())
     print_heading(f"Look around: the store stays in {result.store} ({result.seconds:.0f} s in all)")
     for line in (
-        f"tailorstore log --store {store}",
-        f"tailorstore show {crash.head} --store {store}",
-        f"tailorstore diff {crash.head} latest --store {store}",
-        f"tailorstore checkout latest --to model.safetensors --store {store}",
-        f"tailorstore gc --keep-last 3 --keep-best held_out --dry-run --store {store}",
-        f"tailorstore verify --store {store}",
+        f"{program} log --store {store}",
+        f"{program} show {crash.head} --store {store}",
+        f"{program} diff {crash.head} latest --store {store}",
+        f"{program} checkout latest --to model.safetensors --store {store}",
+        f"{program} gc --keep-last 3 --keep-best held_out --dry-run --store {store}",
+        f"{program} verify --store {store}",
     ):
         print_line(f"  {line}", wrap=False)
+
+
+def _program() -> str:
+    """Return how this program can be called again: by its name, or by its path where that is not enough."""
+    if shutil.which("tailorstore") is not None:
+        return "tailorstore"
+    beside = Path(sys.executable).parent / "tailorstore"
+    with contextlib.suppress(ValueError):
+        beside = beside.relative_to(Path.cwd())
+    return str(beside)
 
 
 def _losses(when: str, training: float, held_out: float) -> list[str]:
