@@ -319,3 +319,5 @@ class LayerDocument:
     """By path."""
     fidelity: Fidelity = "full"
     base_id: str | None = None
+    documents: Mapping[str, str] = field(default_factory=dict)
+    """Key below the prefix → digest, of every other metadata document of the version: what Zarr readers read."""

@@ -6,16 +6,25 @@ standing first and is deleted after the grace period, so readers that hold no le
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import InvalidInputError
-from tailorstore.domain.names import COMMITS_PREFIX, LAYERS_PREFIX, REFS_PREFIX, is_id, layer_component, manifest_key
+from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, InvalidInputError, MissingObjectError
+from tailorstore.domain.names import (
+    COMMITS_PREFIX,
+    LAYERS_PREFIX,
+    REFS_PREFIX,
+    ROOT_DOCUMENT,
+    is_id,
+    layer_component,
+    manifest_key,
+)
 from tailorstore.domain.records import Binding, GcReport, LayerVersion
 from tailorstore.domain.retention import RetentionPolicy, decide
 from tailorstore.engine.commit import check_binding
+from tailorstore.storage.manifests import read_ref_record
 from tailorstore.storage.transport import ObjectInfo, Objects
 
 logger = logging.getLogger("tailorstore")
@@ -43,6 +52,36 @@ class _Found:
             self.timeless = True
         elif self.newest is None or info.modified > self.newest:
             self.newest = info.modified
+
+
+def _in_folder(key: str, folder: str) -> str | None:
+    """Return the id of a document in a folder; ``None`` where the key is no such document's."""
+    name = key.removeprefix(folder).removesuffix(".json")
+    return name if key.startswith(folder) and is_id(name) else None
+
+
+@dataclass(slots=True)
+class _Listing:
+    """Every object of a root that is tailorstore's, by what it belongs to. What else is there is nobody's business."""
+
+    versions: dict[tuple[str, str], _Found] = field(default_factory=lambda: defaultdict(_Found))
+    """By path component of the layer, and version id."""
+    manifests: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
+    records: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
+    replacements: list[_Found] = field(default_factory=list)
+
+    def add(self, info: ObjectInfo) -> None:
+        parts = info.key.split("/", 3)
+        if len(parts) == 4 and f"{parts[0]}/" == LAYERS_PREFIX and is_id(parts[2]):
+            self.versions[parts[1], parts[2]].add(info)
+        elif commit_id := _in_folder(info.key, COMMITS_PREFIX):
+            self.manifests[commit_id].add(info)
+        elif record_id := _in_folder(info.key, REFS_PREFIX):
+            self.records[record_id].add(info)
+        elif info.key.startswith(f"{ROOT_DOCUMENT}.") and info.key.endswith(".new"):
+            found = _Found()
+            found.add(info)
+            self.replacements.append(found)
 
 
 @dataclass(slots=True)
@@ -136,15 +175,15 @@ class _Sweep:
     def run(self) -> None:
         # The order matters: list first, ask the catalog after. A version announced since is in no listing, one
         # announced before is known to the catalog, pending or published.
-        versions = self._list_versions()
-        documents = list(self._list_documents())
+        listing = self._list()
+        versions = listing.versions
         doomed = {(layer_component(v.layer), v.version_id): v for v in self._catalog.doomed(self._grace)}
         unknown = self._catalog.unknown_versions(list(versions), as_if_voided=self._dry_run)
         leftovers = [pair for pair in unknown if self._old_enough(versions[pair])]
         self._sweep_doomed(doomed, versions)
         for at in range(0, len(leftovers), _BATCH):
             self._sweep_leftovers([versions[pair] for pair in leftovers[at : at + _BATCH]])
-        self._sweep_documents(documents)
+        self._sweep_documents(listing)
 
     def delete(self, keys: Sequence[str], size_bytes: int = 0) -> int:
         """Delete keys in batches; return how many are left."""
@@ -166,22 +205,13 @@ class _Sweep:
             self.tally.bytes_freed += size_bytes
         return left
 
-    def _list_versions(self) -> dict[tuple[str, str], _Found]:
-        found: dict[tuple[str, str], _Found] = defaultdict(_Found)
-        for count, info in enumerate(self._objects.list(LAYERS_PREFIX), start=1):
-            parts = info.key.split("/", 3)
+    def _list(self) -> _Listing:
+        listing = _Listing()
+        for count, info in enumerate(self._objects.list(), start=1):
+            listing.add(info)
             if count % 5000 == 0:
                 self._tell("listing objects", count, None)
-            # Anything else below layers/ is not ours: whoever put it there may delete it.
-            if len(parts) == 4 and is_id(parts[2]):
-                found[parts[1], parts[2]].add(info)
-        return dict(found)
-
-    def _list_documents(self) -> Iterable[ObjectInfo]:
-        for prefix in (COMMITS_PREFIX, REFS_PREFIX):
-            for info in self._objects.list(prefix):
-                if is_id(info.key.removeprefix(prefix).removesuffix(".json")):
-                    yield info
+        return listing
 
     def _old_enough(self, found: _Found) -> bool:
         # Where storage does not say how old an object is, it stays.
@@ -208,15 +238,26 @@ class _Sweep:
             if self.delete(found.keys, found.size_bytes) == 0:
                 self.tally.leftovers += 1
 
-    def _sweep_documents(self, documents: list[ObjectInfo]) -> None:
-        """Delete manifests of commits that were never published or have been expired."""
-        manifests = {
-            info.key.removeprefix(COMMITS_PREFIX).removesuffix(".json"): info
-            for info in documents
-            if info.key.startswith(COMMITS_PREFIX)
-        }
-        for commit_id in self._catalog.unknown_commits(list(manifests), as_if_voided=self._dry_run):
-            found = _Found()
-            found.add(manifests[commit_id])
-            if self._old_enough(found) and self.delete(found.keys, found.size_bytes) == 0:
+    def _sweep_documents(self, listing: _Listing) -> None:
+        """Delete documents that mean nothing any more.
+
+        These are manifests of commits that were never published or have been expired, records that a dying process
+        wrote by half, and what was to replace ``tailorstore.json`` and did not.
+        """
+        unknown = self._catalog.unknown_commits(list(listing.manifests), as_if_voided=self._dry_run)
+        found = [listing.manifests[commit_id] for commit_id in unknown]
+        found += [one for record_id, one in listing.records.items() if self._is_half_written(record_id, one)]
+        for one in (*found, *listing.replacements):
+            if self._old_enough(one) and self.delete(one.keys, one.size_bytes) == 0:
                 self.tally.leftovers += 1
+
+    def _is_half_written(self, record_id: str, found: _Found) -> bool:
+        if not self._old_enough(found):
+            return False
+        try:
+            read_ref_record(self._objects, record_id)
+        except CorruptDocumentError:
+            return True
+        except (MissingObjectError, FormatTooNewError):
+            return False
+        return False

@@ -344,10 +344,12 @@ class Store:
         """
         self._refresh()
         if ref is None:
-            return verify(self._objects, self._catalog, self._catalog.live_versions(), progress)
+            commits = list(self._catalog.inventory().commits())
+            return verify(self._objects, self._catalog, self._catalog.live_versions(), commits, progress)
         with self.checkout(ref) as checkpoint:
-            versions = self._catalog.composite(checkpoint.commit.id).versions.values()
-            return verify(self._objects, self._catalog, versions, progress)
+            commit_id = checkpoint.commit.id
+            versions = self._catalog.composite(commit_id).versions.values()
+            return verify(self._objects, self._catalog, versions, [commit_id], progress)
 
     def rebuild_catalog(self) -> RebuildReport:
         """Take the root over: fill this store's catalog from the manifests in the root, which it owns from then on.

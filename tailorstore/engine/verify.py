@@ -2,16 +2,18 @@
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.chunks import Chunk, chunks_of
 from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, FormatTooNewError, MissingObjectError
-from tailorstore.domain.names import version_prefix
+from tailorstore.domain.names import manifest_key, version_prefix
 from tailorstore.domain.records import ArrayRecord, Damage, LayerVersion, VerifyReport
 from tailorstore.engine.gc import Progress
 from tailorstore.storage.dtypes import itemsize
-from tailorstore.storage.layers import GROUP_DOCUMENT, load_document, object_key, read_chunk
+from tailorstore.storage.layers import GROUP_DOCUMENT, chunk_digest, load_document, object_key, read_chunk
+from tailorstore.storage.manifests import read_manifest
 from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
@@ -28,14 +30,19 @@ class _Findings:
 
 
 def verify(
-    objects: Objects, catalog: StoreCatalog, versions: Iterable[LayerVersion], progress: Progress | None = None
+    objects: Objects,
+    catalog: StoreCatalog,
+    versions: Iterable[LayerVersion],
+    commits: Iterable[str],
+    progress: Progress | None = None,
 ) -> VerifyReport:
-    """Read every object of some layer versions in parallel; damage is reported, never raised.
+    """Read every object of some layer versions and commits in parallel; damage is reported, never raised.
 
     Args:
         objects: the root.
-        catalog: says which commits hold a damaged version.
-        versions: what to read.
+        catalog: says what they should be, and which commits hold a damaged version.
+        versions: layer versions to read.
+        commits: ids of commits whose manifests to read: a lost catalog is rebuilt from them.
         progress: is told how many versions are done.
 
     Raises:
@@ -44,15 +51,39 @@ def verify(
     versions = list(versions)
     findings = _Findings()
     tell = progress or (lambda *_: None)
-    run_jobs(
-        [_VersionCheck(objects, version, findings, tell, len(versions)).open for version in versions], objects.workers
-    )
-    damages = []
-    for damage in sorted(findings.damages, key=lambda found: (found.step, found.layer, found.key)):
-        version_id = damage.key.split("/")[2]
-        holding = tuple(commit.id for commit in catalog.commits_holding(damage.layer, version_id))
-        damages.append(Damage(damage.kind, damage.layer, damage.step, damage.key, damage.detail, holding))
+    checks = [_VersionCheck(objects, version, findings, tell, len(versions)) for version in versions]
+    manifests = [partial(_check_manifest, objects, catalog, commit_id, findings) for commit_id in commits]
+    run_jobs([*(check.open for check in checks), *manifests], objects.workers)
+    damages = [
+        replace(damage, commits=damage.commits or _holding(catalog, damage))
+        for damage in sorted(findings.damages, key=lambda found: (found.step, found.layer, found.key))
+    ]
     return VerifyReport(len(versions), findings.objects, findings.bytes_read, tuple(damages))
+
+
+def _holding(catalog: StoreCatalog, damage: Damage) -> tuple[str, ...]:
+    version_id = damage.key.split("/")[2]
+    return tuple(commit.id for commit in catalog.commits_holding(damage.layer, version_id))
+
+
+def _check_manifest(objects: Objects, catalog: StoreCatalog, commit_id: str, findings: _Findings) -> None:
+    composite = catalog.composite(commit_id)
+    key, step = manifest_key(commit_id), composite.commit.step
+    damage: Damage | None = None
+    try:
+        manifest = read_manifest(objects, commit_id)
+        if dict(manifest.versions) != dict(composite.versions) or manifest.commit.id != commit_id:
+            damage = Damage(
+                "document", "", step, key, "the manifest is not the one of the catalog's commit", (commit_id,)
+            )
+    except MissingObjectError as error:
+        damage = Damage("missing", "", step, key, str(error), (commit_id,))
+    except (CorruptDocumentError, FormatTooNewError) as error:
+        damage = Damage("document", "", step, key, str(error), (commit_id,))
+    with findings.lock:
+        findings.objects += 1
+        if damage is not None:
+            findings.damages.append(damage)
 
 
 class _VersionCheck:
@@ -82,9 +113,8 @@ class _VersionCheck:
         except (CorruptDocumentError, FormatTooNewError) as error:
             self._report("document", key, str(error))
             return self._done()
-        jobs: list[Job] = []
-        for path, record in document.arrays.items():
-            jobs.append(self._document_job(f"{prefix}{path}/{GROUP_DOCUMENT}"))
+        jobs: list[Job] = [self._document_job(prefix + path, digest) for path, digest in document.documents.items()]
+        for record in document.arrays.values():
             jobs += [
                 self._chunk_job(prefix, record, chunk)
                 for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)
@@ -92,12 +122,18 @@ class _VersionCheck:
         self._left = len(jobs)
         return jobs or self._done()
 
-    def _document_job(self, key: str) -> Job:
+    def _document_job(self, key: str, digest: str) -> Job:
         def job() -> None:
-            # The values can be read without it; other Zarr readers need it.
-            if not self._objects.exists(key):
-                self._report("missing", key, "the array's own metadata document is gone")
-            self._count(0)
+            # The values can be read without these documents; other Zarr readers need them.
+            try:
+                raw = self._objects.get(key)
+            except MissingObjectError as error:
+                self._report("missing", key, str(error))
+                self._count(0)
+                return
+            if chunk_digest(raw) != digest:
+                self._report("document", key, "the metadata document is not what was written")
+            self._count(len(raw))
 
         return job
 

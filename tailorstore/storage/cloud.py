@@ -150,8 +150,9 @@ class CloudObjects:
             if observe is not None:
                 observe(arrived)
 
-    def replace(self, key: str, data: "Buffer") -> None:
+    def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Put over the old object in one request; see :meth:`Objects.replace`."""
+        del exclusive  # many servers only pretend to know conditional puts
         self.put(key, data)
 
     def exists(self, key: str) -> bool:

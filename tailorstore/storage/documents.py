@@ -49,13 +49,18 @@ def array_metadata(spec: ArraySpec) -> dict[str, Any]:
     return found
 
 
-def group_document(attributes: Mapping[str, Any], consolidated: Mapping[str, ArraySpec]) -> bytes:
+def group_document(
+    attributes: Mapping[str, Any],
+    consolidated: Mapping[str, ArraySpec],
+    groups: Mapping[str, Mapping[str, Any]] | None = None,
+) -> bytes:
     """Return the ``zarr.json`` of a group.
 
     Args:
         attributes: of the group; JSON data.
         consolidated: every array below the group by its path, so that a reader need not ask for each of them. The
             groups in between are added. Without arrays the document has no consolidated metadata.
+        groups: attributes of groups below, by their paths; others have none.
 
     Raises:
         InvalidInputError, CorruptDocumentError: as for :func:`array_document`.
@@ -65,8 +70,8 @@ def group_document(attributes: Mapping[str, Any], consolidated: Mapping[str, Arr
         return _json(document)
     # Documents of arrays are put in as text: a large model has thousands of equal ones, and parsing and writing each
     # again would take longer than all the rest of sealing a layer.
-    group = _json({"attributes": {}, "zarr_format": 3, "node_type": "group"})
-    members = dict.fromkeys(groups_above(consolidated), group)
+    members = dict.fromkeys(groups_above(consolidated), group_document({}, {}))
+    members |= {path: group_document(about, {}) for path, about in (groups or {}).items()}
     members |= {path: _array_document(spec)[1] for path, spec in consolidated.items()}
     entries = b",".join(_json(path) + b":" + members[path] for path in sorted(members))
     prelude = b'{"kind":"inline","must_understand":false,"metadata":{'

@@ -145,10 +145,10 @@ class FilesystemObjects:
         if observe is not None:
             observe(target)
 
-    def replace(self, key: str, data: "Buffer") -> None:
+    def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Write over the old file, atomically on object stores and local disks; see :meth:`Objects.replace`."""
         if self._local is not None:
-            self._local.replace(key, data)
+            self._local.replace(key, data, exclusive=exclusive)
         else:
             self.put(key, data)
 

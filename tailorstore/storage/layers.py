@@ -6,8 +6,8 @@ one that the document means.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
@@ -17,7 +17,8 @@ from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError,
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument, LayerVersion
 from tailorstore.storage import codecs
-from tailorstore.storage.documents import array_document, chunk_key, group_document
+from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
+from tailorstore.storage.documents import array_document, chunk_key, group_document, groups_above
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.transport import Objects
 
@@ -160,10 +161,11 @@ def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
     """
     prefix = version_prefix(document.layer, document.version_id)
     specs = {path: record.spec for path, record in document.arrays.items()}
-    documents = {f"{group}/{GROUP_DOCUMENT}": group_document({}, {}) for group in _groups_above(document.arrays)}
+    documents = {f"{group}/{GROUP_DOCUMENT}": group_document({}, {}) for group in groups_above(specs)}
     documents |= {f"{path}/{GROUP_DOCUMENT}": array_document(spec) for path, spec in specs.items()}
+    document = replace(document, documents={key: chunk_digest(memoryview(data)) for key, data in documents.items()})
     digest = layer_digest(document.content, document.arrays)
-    documents[GROUP_DOCUMENT] = group_document({ATTRIBUTE: _to_json(document, digest)}, specs)
+    documents[GROUP_DOCUMENT] = sealed(group_document({ATTRIBUTE: _to_json(document, digest)}, specs))
     stored = sum(objects.put(prefix + key, data) for key, data in documents.items())
     chunk_keys = [
         object_key(prefix, path, record.spec, chunk)
@@ -201,13 +203,18 @@ def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
         FormatTooNewError: a newer version of tailorstore wrote it.
     """
     key = version_prefix(version.layer, version.version_id) + GROUP_DOCUMENT
-    document = parse_document(objects.get(key), key)
+    where = f"layer {version.layer!r} of step {version.step}"
+    try:
+        document = parse_document(objects.get(key), key)
+    except (MissingObjectError, CorruptDocumentError) as error:
+        msg = f"{where}: {error}"
+        raise type(error)(msg) from error
     found = layer_digest(document.content, document.arrays)
     names = (document.layer, document.version_id, document.step)
     if found != version.digest or names != (version.layer, version.version_id, version.step):
         msg = (
-            f"document {key} in {objects.url} is not the one that step {version.step} published for layer"
-            f" {version.layer!r}; run 'tailorstore verify' to see what else is damaged"
+            f"{where}: document {key} in {objects.url} is not the one that was published; run 'tailorstore verify' to"
+            " see what else is damaged"
         )
         raise CorruptDocumentError(msg)
     return document
@@ -224,12 +231,16 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
         msg = f"document {key} has {len(raw)} bytes, more than any document of a layer"
         raise CorruptDocumentError(msg)
     try:
-        described = json.loads(bytes(raw))["attributes"][ATTRIBUTE]
+        data = bytes(raw)
+        described = json.loads(data)["attributes"][ATTRIBUTE]
         if described["format"] > FORMAT:
             msg = (
                 f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
             )
             raise FormatTooNewError(msg)
+        if not is_whole(data):
+            msg = f"document {key} is not what was written (its checksum differs); run 'tailorstore verify'"
+            raise CorruptDocumentError(msg)
         arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
         content = described["content"]
         if not isinstance(content, dict):
@@ -242,6 +253,7 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
             arrays=arrays,
             fidelity=described["fidelity"],
             base_id=described["base"],
+            documents={_text(key): _text(found) for key, found in described["documents"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
@@ -250,6 +262,8 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
 
 def _to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
     return {
+        # First, where no text of a user's can stand before it.
+        CHECKSUM: BLANK,
         "format": FORMAT,
         "layer": document.layer,
         "version": document.version_id,
@@ -259,6 +273,7 @@ def _to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
         "digest": digest,
         "content": document.content,
         "arrays": {path: _record_to_json(record) for path, record in document.arrays.items()},
+        "documents": document.documents,
     }
 
 
@@ -299,8 +314,7 @@ def _extents(values: Any, least: int) -> tuple[int, ...]:  # noqa: ANN401
     return tuple(values)
 
 
-def _groups_above(paths: Iterable[str]) -> list[str]:
-    groups = {
-        "/".join(parts[:depth]) for path in paths for parts in (path.split("/"),) for depth in range(1, len(parts))
-    }
-    return sorted(groups)
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value

@@ -114,7 +114,7 @@ class LocalObjects:
         if filled < target.nbytes:
             raise wrong_size(self.url, key, filled, expected)
 
-    def replace(self, key: str, data: "Buffer") -> None:
+    def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Write beside the old file, make it durable, and rename; see :meth:`Objects.replace`."""
         path = self._path(key)
         beside = f"{path}.{token_hex(8)}.new"
@@ -122,11 +122,15 @@ class LocalObjects:
             self._write_new(beside, flat_bytes(data), None)
             try:
                 _fsync(beside)
-                os.replace(beside, path)
+                if exclusive:
+                    os.link(beside, path)  # unlike a rename, refuses to replace
+                    _unlink_quietly(beside)
+                else:
+                    os.replace(beside, path)
             except OSError:
                 _unlink_quietly(beside)
                 raise
-            _fsync_directory(os.path.dirname(path))
+            self.sync([key])
         except OSError as error:
             failures.raise_os_error(error, "replacing", self.url, key)
 

@@ -21,6 +21,7 @@ from tailorstore.domain.names import (
     ref_record_key,
 )
 from tailorstore.domain.records import Binding, Commit, CommitManifest, LayerVersion, RefRecord
+from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.transport import Objects
 
 FORMAT = 1
@@ -49,8 +50,9 @@ def read_binding(objects: Objects) -> Binding | None:
                 f" to {FORMAT}; install a newer tailorstore"
             )
             raise FormatTooNewError(msg)
+        _check_whole(raw)
         return _binding_from_json(described)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         msg = f"{objects.url} is not a store: its {ROOT_DOCUMENT} is not a tailorstore document; choose another root"
         raise NotAStoreError(msg) from error
 
@@ -62,11 +64,7 @@ def write_binding(objects: Objects, binding: Binding, *, replace: bool) -> None:
         AlreadyExistsError: not ``replace``, and storage that can tell found one there.
     """
     data = _dump({"about": _ABOUT, "format": FORMAT, **_binding_to_json(binding)})
-    if replace:
-        objects.replace(ROOT_DOCUMENT, data)
-    else:
-        objects.put(ROOT_DOCUMENT, data)
-        objects.sync([ROOT_DOCUMENT])
+    objects.replace(ROOT_DOCUMENT, data, exclusive=not replace)
 
 
 def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
@@ -149,6 +147,7 @@ def _read(objects: Objects, key: str, build: Callable[[dict[str, Any]], Record])
         if described["format"] > FORMAT:
             msg = f"document {key} in {objects.url} has format {described['format']}; install a newer tailorstore"
             raise FormatTooNewError(msg)
+        _check_whole(raw)
         return build(described)
     except TailorError:
         raise
@@ -166,8 +165,15 @@ def _parse(raw: memoryview) -> dict[str, Any]:
     return described
 
 
+def _check_whole(raw: memoryview) -> None:
+    if not is_whole(bytes(raw)):
+        msg = "checksum differs"
+        raise ValueError(msg)
+
+
 def _dump(described: dict[str, Any]) -> bytes:
-    return json.dumps(described, indent=1, allow_nan=False).encode("ascii")
+    # The checksum goes first, where no text of a user's can stand before it.
+    return sealed(json.dumps({CHECKSUM: BLANK, **described}, indent=1, allow_nan=False).encode("ascii"))
 
 
 def _binding_to_json(binding: Binding) -> dict[str, Any]:

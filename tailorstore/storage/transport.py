@@ -98,10 +98,19 @@ class Objects(Protocol):
         """
         ...
 
-    def replace(self, key: str, data: "Buffer") -> None:
+    def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Put a small object over the one that is there; where the storage can, readers see the old or the new one.
 
+        It is durable when this returns. A process that dies leaves the old object, the new one, or, on file systems,
+        one beside it that is named like it and ends in ``.new``.
+
+        Args:
+            key: of the object.
+            data: its content.
+            exclusive: refuse to replace; only where the storage can do that without a race (local files).
+
         Raises:
+            AlreadyExistsError: ``exclusive``, and there is one.
             StorageFullError: no space or quota is left; the old object stays where the storage is atomic.
         """
         ...

@@ -74,10 +74,12 @@ class CompositeStore(Store):
         documents = {f"{path}/{DOCUMENT}": array_document(spec) for path, spec in specs.items()}
         plain = group_document({}, {})
         documents |= {f"{path}/{DOCUMENT}": plain for path in groups_above(specs)}
-        for component, (_, document) in layers.items():
-            about = {"layer": document.layer, "version": document.version_id, "step": document.step}
-            documents[f"{component}/{DOCUMENT}"] = group_document(about, {})
-        documents[DOCUMENT] = group_document(attributes, specs)
+        about = {
+            component: {"layer": document.layer, "version": document.version_id, "step": document.step}
+            for component, (_, document) in layers.items()
+        }
+        documents |= {f"{path}/{DOCUMENT}": group_document(held, {}) for path, held in about.items()}
+        documents[DOCUMENT] = group_document(attributes, specs, about)
         return documents
 
     def __eq__(self, other: object) -> bool:
