@@ -74,7 +74,7 @@ def test_refs_that_name_nothing_say_what_is_near(store: ts.Store) -> None:
     with pytest.raises(RefNotFoundError, match=r"10.*20|20.*10"):
         store.checkout(15)
     with pytest.raises(RefNotFoundError, match="release"):
-        store.checkout("relaese")
+        store.checkout("release2")
     with pytest.raises(RefNotFoundError):
         store.checkout("main@11")
     with pytest.raises(BranchNotFoundError, match="main"):
