@@ -1,25 +1,21 @@
 """A composite checkpoint, checked out: one catalog query, no tensor bytes until they are asked for."""
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from tailorstore.domain.errors import ClosedError, InvalidInputError, LayerNotFoundError
+from tailorstore.domain.errors import InvalidInputError, LayerNotFoundError
 from tailorstore.domain.names import layer_component, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument
+from tailorstore.engine.contents import CompositeContents, paths_in, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
-from tailorstore.engine.read import StoredArray, load_documents, read_array, read_arrays
+from tailorstore.engine.read import read_arrays
 from tailorstore.engine.tensors.capture import Model, Optim
-from tailorstore.engine.tensors.lazy import LazyTensor
-from tailorstore.engine.tensors.memory import DTYPES, Tensor, empty_host, scalar_from_hex
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import (
-    StoredOptim,
-    StoredTensor,
     plan_model,
     plan_optim,
     plan_states,
@@ -30,6 +26,8 @@ from tailorstore.storage.transport import Objects
 
 if TYPE_CHECKING:
     import zarr
+
+    from tailorstore.engine.tensors.lazy import LazyTensor
 
 
 class LazyMapping(Mapping[str, Any]):
@@ -101,16 +99,15 @@ class Checkpoint:
         """
         self._composite = composite
         self._objects = objects
-        self._known = dict(known or {})
+        self._contents = CompositeContents(composite, objects, known)
         self._release = release
         self._closed = False
-        self._lock = threading.Lock()
-        self._documents: dict[str, LayerDocument] | None = None
-        self._owners: dict[str, str] | None = None
         self._finalizer = weakref.finalize(self, drop) if drop else None
-        self.model: Mapping[str, LazyTensor] = LazyMapping(self._model_entries, f"model of step {self.step}")
+        self.model: Mapping[str, LazyTensor] = LazyMapping(self._contents.model_entries, f"model of step {self.step}")
         """Tensor name → lazy tensor: parameters, buffers and tied names."""
-        self.optim: Mapping[str, Mapping[str, Any]] = LazyMapping(self._optim_entries, f"optim of step {self.step}")
+        self.optim: Mapping[str, Mapping[str, Any]] = LazyMapping(
+            self._contents.optim_entries, f"optim of step {self.step}"
+        )
         """Parameter name → slot → lazy tensor, or the plain value of a slot that is none."""
 
     @property
@@ -150,7 +147,7 @@ class Checkpoint:
         Raises:
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
         """
-        return self._extra_part("extra", {})
+        return self._contents.extra_part("extra", {})
 
     def model_state_dict(self) -> dict[str, Any]:
         """Read every model tensor into host memory; ready for ``model.load_state_dict``.
@@ -158,10 +155,12 @@ class Checkpoint:
         Raises:
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
         """
-        arrays, aliases = self._model_arrays()
-        found: dict[str, Any] = self._read_many(arrays)
+        arrays, aliases = self._contents.model_arrays()
+        found: dict[str, Any] = self._contents.read_many(arrays)
         found.update({name: found[target] for name, target in aliases.items()})
-        found.update({name: unpack(value, self._loader(name)) for name, value in self._states().items()})
+        found.update(
+            {name: unpack(value, self._contents.loader(name)) for name, value in self._contents.states().items()}
+        )
         return found
 
     def optim_state_dict(self) -> dict[str, Any] | list[dict[str, Any]]:
@@ -175,20 +174,20 @@ class Checkpoint:
         Raises:
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written.
         """
-        slots = self._slots()
+        slots = self._contents.slots()
         arrays = {
-            (name, path): self._array(layer, path)
-            for layer, document in self._all_documents().items()
+            (name, path): self._contents.array(layer, path)
+            for layer, document in self._contents.documents().items()
             if layer != EXTRA_LAYER
             for name, held in document.content["optim"].items()
-            for path in _paths_in(held)
+            for path in paths_in(held)
         }
-        tensors = self._read_many(arrays)
+        tensors = self._contents.read_many(arrays)
         state = {
             name: {slot: unpack(value, lambda path, name=name: tensors[name, path]) for slot, value in held.items()}  # type: ignore[misc]
             for name, held in slots.items()
         }
-        groups = self._extra_part("param_groups", [])
+        groups = self._contents.extra_part("param_groups", [])
         if not groups:
             return {"state": state, "param_groups": []}
         dicts = []
@@ -213,25 +212,30 @@ class Checkpoint:
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written;
                 the model and slots may be overwritten in part, so restore another step before training on.
         """
-        documents = self._all_documents()
-        arrays, aliases = self._model_arrays()
-        stored = {name: _stored(array) for name, array in arrays.items()}
+        documents = self._contents.documents()
+        arrays, aliases = self._contents.model_arrays()
+        stored = {name: stored_tensor(array) for name, array in arrays.items()}
         stored |= {name: stored[target] for name, target in aliases.items() if target in stored}
         problems: list[str] = []
         filling = plan_model(model, stored, problems, strict=strict)
         pairs = [(arrays[aliases.get(name, name)], target) for name, target in filling.model.items()]
         if optim is not None:
-            slots_stored = self._stored_optim(documents, aliases)
-            plan_optim(model, optim, slots_stored, problems, filling, lambda name, path: self._loader(name)(path))
-            pairs += [(self._array(self._layer_of(name), path), target) for name, path, target in filling.slots]
+            slots_stored = self._contents.stored_optim(documents, aliases)
+            plan_optim(
+                model, optim, slots_stored, problems, filling, lambda name, path: self._contents.loader(name)(path)
+            )
+            pairs += [
+                (self._contents.array(self._contents.layer_of(name), path), target)
+                for name, path, target in filling.slots
+            ]
         raise_mismatch(problems, f"the composite of step {self.step} on {self.commit.branch!r}")
-        plan_states(model, self._states(), lambda name, path: self._loader(name)(path), filling)
-        extra = self._extra_content()
+        plan_states(model, self._contents.states(), lambda name, path: self._contents.loader(name)(path), filling)
+        extra = self._contents.extra_content()
         read_arrays(self._objects, pairs)
         for finish in filling.finish:
             finish()
         if rng and "rng" in extra:
-            set_rng_states(unpack(extra["rng"], self._extra_loader()))
+            set_rng_states(unpack(extra["rng"], self._contents.extra_loader()))
         return self.extra
 
     def zarr(self) -> "zarr.Group":
@@ -242,7 +246,7 @@ class Checkpoint:
         """
         from tailorstore.storage.view import composite_group  # Zarr takes long to import, and few need it
 
-        documents = self._all_documents()
+        documents = self._contents.documents()
         layers = {
             layer_component(layer): (version_prefix(layer, document.version_id), document)
             for layer, document in documents.items()
@@ -285,6 +289,7 @@ class Checkpoint:
         if self._closed:
             return
         self._closed = True
+        self._contents.close()
         for names in (self.model, self.optim):
             if isinstance(names, LazyMapping):
                 names.forget()
@@ -309,135 +314,4 @@ class Checkpoint:
 
     def documents(self) -> Mapping[str, LayerDocument]:
         """Return the document of every layer, ``@extra`` included; read at the first call."""
-        return MappingProxyType(self._all_documents())
-
-    # What follows turns documents into arrays; nothing above knows how they are laid out.
-
-    def _all_documents(self) -> dict[str, LayerDocument]:
-        if self._closed:
-            msg = f"the checkpoint of step {self.step} was closed; check it out again"
-            raise ClosedError(msg)
-        with self._lock:
-            if self._documents is None:
-                self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
-            return self._documents
-
-    def _array(self, layer: str, path: str) -> StoredArray:
-        document = self._all_documents()[layer]
-        return StoredArray(self._composite.versions[layer], document.arrays[path])
-
-    def _model_arrays(self) -> tuple[dict[str, StoredArray], dict[str, str]]:
-        arrays: dict[str, StoredArray] = {}
-        aliases: dict[str, str] = {}
-        for layer, document in self._layer_documents():
-            for kind in ("params", "buffers"):
-                arrays |= {name: self._array(layer, value["$array"]) for name, value in document.content[kind].items()}
-            aliases |= document.content["aliases"]
-        return arrays, aliases
-
-    def _layer_documents(self) -> list[tuple[str, LayerDocument]]:
-        return [(layer, document) for layer, document in self._all_documents().items() if layer != EXTRA_LAYER]
-
-    def _states(self) -> dict[str, Any]:
-        return {
-            name: value for _, document in self._layer_documents() for name, value in document.content["states"].items()
-        }
-
-    def _slots(self) -> dict[str, Mapping[str, Any]]:
-        return {
-            name: held for _, document in self._layer_documents() for name, held in document.content["optim"].items()
-        }
-
-    def _layer_of(self, name: str) -> str:
-        if self._owners is None:
-            self._owners = {
-                owned: layer
-                for layer, document in self._layer_documents()
-                for kind in ("params", "buffers", "states", "optim")
-                for owned in document.content[kind]
-            }
-        if name in self._owners:
-            return self._owners[name]
-        msg = f"the composite of step {self.step} has no tensor {name!r}"
-        raise LayerNotFoundError(msg)
-
-    def _stored_optim(self, documents: Mapping[str, LayerDocument], aliases: Mapping[str, str]) -> StoredOptim:
-        specs = {
-            name: {path: _stored(self._array(layer, path)) for path in _paths_in(held)}
-            for layer, document in documents.items()
-            if layer != EXTRA_LAYER
-            for name, held in document.content["optim"].items()
-        }
-        return StoredOptim(
-            groups=self._extra_part("param_groups", []),
-            shared=self._extra_part("shared", []),
-            slots=self._slots(),
-            specs=specs,
-            aliases=aliases,
-        )
-
-    def _extra_content(self) -> Mapping[str, Any]:
-        return self._all_documents()[EXTRA_LAYER].content if EXTRA_LAYER in self._composite.versions else {}
-
-    def _extra_part(self, part: str, default: Any) -> Any:  # noqa: ANN401
-        content = self._extra_content()
-        return unpack(content[part], self._extra_loader()) if part in content else default
-
-    def _extra_loader(self) -> Callable[[str], Tensor]:
-        return lambda path: read_array(self._objects, self._array(EXTRA_LAYER, path))
-
-    def _loader(self, name: str) -> Callable[[str], Tensor]:
-        return lambda path: read_array(self._objects, self._array(self._layer_of(name), path))
-
-    def _read_many(self, arrays: Mapping[Any, StoredArray]) -> dict[Any, Tensor]:
-        targets = {key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()}
-        read_arrays(self._objects, [(array, targets[key]) for key, array in arrays.items()])
-        return targets
-
-    def _lazy(self, array: StoredArray) -> LazyTensor:
-        spec = array.record.spec
-        objects = self._objects
-        return LazyTensor(
-            spec.shape,
-            DTYPES[spec.dtype],
-            array.version.layer,
-            array.version.step,
-            lambda box: read_array(objects, array, box),
-        )
-
-    def _model_entries(self) -> Mapping[str, LazyTensor]:
-        arrays, aliases = self._model_arrays()
-        found = {name: self._lazy(array) for name, array in arrays.items()}
-        return found | {name: found[target] for name, target in aliases.items()}
-
-    def _optim_entries(self) -> Mapping[str, Mapping[str, Any]]:
-        return {
-            name: {slot: self._lazy_slot(layer, value) for slot, value in held.items()}
-            for layer, document in self._layer_documents()
-            for name, held in document.content["optim"].items()
-        }
-
-    def _lazy_slot(self, layer: str, value: Any) -> Any:  # noqa: ANN401
-        if isinstance(value, dict) and value.keys() == {"$scalar"}:
-            scalar = scalar_from_hex(*value["$scalar"])
-            return LazyTensor((), scalar.dtype, layer, self._composite.versions[layer].step, lambda _: scalar.clone())
-        return unpack(value, lambda path: self._lazy(self._array(layer, path)))
-
-
-def _stored(array: StoredArray) -> StoredTensor:
-    return StoredTensor(array.record.spec.shape, array.record.spec.dtype)
-
-
-def _paths_in(value: Any) -> list[str]:  # noqa: ANN401
-    """Return the paths of all arrays that a skeleton names."""
-    if isinstance(value, Mapping):
-        if (
-            len(value) == 1
-            and (path := value.get("$array", value.get("$ndarray"))) is not None
-            and isinstance(path, str)
-        ):
-            return [path]
-        return [path for item in value.values() for path in _paths_in(item)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [path for item in value for path in _paths_in(item)]
-    return []
+        return MappingProxyType(self._contents.documents())

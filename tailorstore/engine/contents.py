@@ -1,0 +1,186 @@
+"""What a composite holds: documents, and the arrays, slots and states that they describe. Nothing above knows how."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tailorstore.domain.errors import ClosedError, LayerNotFoundError
+from tailorstore.domain.records import EXTRA_LAYER, Composite, LayerDocument
+from tailorstore.engine.read import StoredArray, load_documents, read_array, read_arrays
+from tailorstore.engine.tensors.lazy import LazyTensor
+from tailorstore.engine.tensors.memory import DTYPES, Tensor, empty_host, scalar_from_hex
+from tailorstore.engine.tensors.packing import unpack
+from tailorstore.engine.tensors.restore import StoredOptim, StoredTensor
+from tailorstore.storage.transport import Objects
+
+
+class CompositeContents:
+    """The contents of one composite, read when they are asked for. Safe to share between threads."""
+
+    def __init__(self, composite: Composite, objects: Objects, known: Mapping[str, LayerDocument] | None) -> None:
+        """Take what the catalog says, the root, and documents that are in memory already."""
+        self._composite = composite
+        self._objects = objects
+        self._known = dict(known or {})
+        self._closed = False
+        self._lock = threading.Lock()
+        self._documents: dict[str, LayerDocument] | None = None
+        self._owners: dict[str, str] | None = None
+
+    def close(self) -> None:
+        """Refuse further use."""
+        self._closed = True
+
+    def documents(self) -> dict[str, LayerDocument]:
+        """Return the document of every layer, ``@extra`` included; read at the first call.
+
+        Raises:
+            ClosedError: the checkpoint was closed.
+            MissingObjectError, CorruptDocumentError: a document is gone or not what was written.
+        """
+        if self._closed:
+            msg = f"the checkpoint of step {self._composite.commit.step} was closed; check it out again"
+            raise ClosedError(msg)
+        with self._lock:
+            if self._documents is None:
+                self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
+            return self._documents
+
+    def array(self, layer: str, path: str) -> StoredArray:
+        """Return one array of a layer."""
+        document = self.documents()[layer]
+        return StoredArray(self._composite.versions[layer], document.arrays[path])
+
+    def model_arrays(self) -> tuple[dict[str, StoredArray], dict[str, str]]:
+        """Return tensor name → array, and tied name → the name it is stored under."""
+        arrays: dict[str, StoredArray] = {}
+        aliases: dict[str, str] = {}
+        for layer, document in self.layer_documents():
+            for kind in ("params", "buffers"):
+                arrays |= {name: self.array(layer, value["$array"]) for name, value in document.content[kind].items()}
+            aliases |= document.content["aliases"]
+        return arrays, aliases
+
+    def layer_documents(self) -> list[tuple[str, LayerDocument]]:
+        """Return the documents of all layers but ``@extra``."""
+        return [(layer, document) for layer, document in self.documents().items() if layer != EXTRA_LAYER]
+
+    def states(self) -> dict[str, Any]:
+        """Return what modules gave as extra state, packed, by name."""
+        return {
+            name: value for _, document in self.layer_documents() for name, value in document.content["states"].items()
+        }
+
+    def slots(self) -> dict[str, Mapping[str, Any]]:
+        """Return parameter name → slot → packed value."""
+        return {
+            name: held for _, document in self.layer_documents() for name, held in document.content["optim"].items()
+        }
+
+    def layer_of(self, name: str) -> str:
+        """Return the layer that stores a tensor or its state.
+
+        Raises:
+            LayerNotFoundError: no layer does.
+        """
+        if self._owners is None:
+            self._owners = {
+                owned: layer
+                for layer, document in self.layer_documents()
+                for kind in ("params", "buffers", "states", "optim")
+                for owned in document.content[kind]
+            }
+        if name in self._owners:
+            return self._owners[name]
+        msg = f"the composite of step {self._composite.commit.step} has no tensor {name!r}"
+        raise LayerNotFoundError(msg)
+
+    def stored_optim(self, documents: Mapping[str, LayerDocument], aliases: Mapping[str, str]) -> StoredOptim:
+        """Return what a restore of optimizers compares with."""
+        specs = {
+            name: {path: stored_tensor(self.array(layer, path)) for path in paths_in(held)}
+            for layer, document in documents.items()
+            if layer != EXTRA_LAYER
+            for name, held in document.content["optim"].items()
+        }
+        return StoredOptim(
+            groups=self.extra_part("param_groups", []),
+            shared=self.extra_part("shared", []),
+            slots=self.slots(),
+            specs=specs,
+            aliases=aliases,
+        )
+
+    def extra_content(self) -> Mapping[str, Any]:
+        """Return the skeleton of ``@extra``."""
+        return self.documents()[EXTRA_LAYER].content if EXTRA_LAYER in self._composite.versions else {}
+
+    def extra_part(self, part: str, default: Any) -> Any:  # noqa: ANN401
+        """Return one part of ``@extra``, unpacked; ``default`` where there is none."""
+        content = self.extra_content()
+        return unpack(content[part], self.extra_loader()) if part in content else default
+
+    def extra_loader(self) -> Callable[[str], Tensor]:
+        """Return what reads an array of ``@extra``."""
+        return lambda path: read_array(self._objects, self.array(EXTRA_LAYER, path))
+
+    def loader(self, name: str) -> Callable[[str], Tensor]:
+        """Return what reads an array of the layer that stores a tensor."""
+        return lambda path: read_array(self._objects, self.array(self.layer_of(name), path))
+
+    def read_many(self, arrays: Mapping[Any, StoredArray]) -> dict[Any, Tensor]:
+        """Read whole arrays into new host tensors, in parallel."""
+        targets = {key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()}
+        read_arrays(self._objects, [(array, targets[key]) for key, array in arrays.items()])
+        return targets
+
+    def _lazy(self, array: StoredArray) -> LazyTensor:
+        spec = array.record.spec
+        objects = self._objects
+        return LazyTensor(
+            spec.shape,
+            DTYPES[spec.dtype],
+            array.version.layer,
+            array.version.step,
+            lambda box: read_array(objects, array, box),
+        )
+
+    def model_entries(self) -> Mapping[str, LazyTensor]:
+        """Return tensor name → lazy tensor, tied names included."""
+        arrays, aliases = self.model_arrays()
+        found = {name: self._lazy(array) for name, array in arrays.items()}
+        return found | {name: found[target] for name, target in aliases.items()}
+
+    def optim_entries(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return parameter name → slot → lazy tensor or plain value."""
+        return {
+            name: {slot: self._lazy_slot(layer, value) for slot, value in held.items()}
+            for layer, document in self.layer_documents()
+            for name, held in document.content["optim"].items()
+        }
+
+    def _lazy_slot(self, layer: str, value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict) and value.keys() == {"$scalar"}:
+            scalar = scalar_from_hex(*value["$scalar"])
+            return LazyTensor((), scalar.dtype, layer, self._composite.versions[layer].step, lambda _: scalar.clone())
+        return unpack(value, lambda path: self._lazy(self.array(layer, path)))
+
+
+def stored_tensor(array: StoredArray) -> StoredTensor:
+    """Return what a comparison needs to know of an array."""
+    return StoredTensor(array.record.spec.shape, array.record.spec.dtype)
+
+
+def paths_in(value: Any) -> list[str]:  # noqa: ANN401
+    """Return the paths of all arrays that a skeleton names."""
+    if isinstance(value, Mapping):
+        if (
+            len(value) == 1
+            and (path := value.get("$array", value.get("$ndarray"))) is not None
+            and isinstance(path, str)
+        ):
+            return [path]
+        return [path for item in value.values() for path in paths_in(item)]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [path for item in value for path in paths_in(item)]
+    return []
