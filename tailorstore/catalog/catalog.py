@@ -130,6 +130,7 @@ class Catalog:
             tags: name to commit id.
 
         Raises:
+            RootTakenError: the catalog has the store at that epoch or a later one.
             RefNotFoundError: a branch or tag points to a commit without a manifest.
             CorruptDocumentError: a light version's base is in no manifest.
             AccessDeniedError: the catalog is read-only here.
@@ -139,6 +140,14 @@ class Catalog:
         """
 
         def work(connection: Connection) -> StoreCatalog:
+            mine = select(stores.c.epoch).where(stores.c.store_id == binding.store_id).with_for_update()
+            known = connection.scalar(mine)
+            if known is not None and known >= binding.epoch:
+                msg = (
+                    f"the catalog {self.url} has store {binding.store_id} at epoch {known} already: another take-over"
+                    f" was faster than this one to epoch {binding.epoch}. Look at the store before doing it again"
+                )
+                raise RootTakenError(msg)
             pk, _ = self._enter(connection, binding.store_id, root, binding.epoch)
             scope = self._scope(pk, binding.store_id, binding.epoch)
             now = self._database.now(connection)

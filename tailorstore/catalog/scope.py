@@ -98,6 +98,15 @@ class Scope:
         epoch = self._read(lambda connection: connection.scalar(self._epoch()))
         return Binding(self.store_id, self._catalog_id, int(epoch or 0))
 
+    def root(self) -> str:
+        """Return where the store's root was when it was made or taken over, without secrets.
+
+        Raises:
+            CatalogUnavailableError: the database does not answer.
+        """
+        mine = select(stores.c.root).where(stores.c.pk == self._pk)
+        return str(self._read(lambda connection: connection.scalar(mine)))
+
     def _epoch(self) -> Select[int]:
         return select(stores.c.epoch).where(stores.c.pk == self._pk)
 

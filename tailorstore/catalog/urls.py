@@ -45,6 +45,8 @@ def parse_url(text: str) -> CatalogUrl:
             where that could show a password.
     """
     url: URL | None = None
+    if isinstance(text, str) and text.startswith("sqlite:///"):
+        return _sqlite(_sqlite_url(text.removeprefix("sqlite:///")))
     if isinstance(text, str):
         try:
             url = make_url(text)
@@ -73,6 +75,13 @@ def _postgres(url: URL) -> CatalogUrl:
     return CatalogUrl(url.set(drivername="postgresql+psycopg"), shown.replace("%2A%2A%2A", _HIDDEN), ordered, None)
 
 
+def _sqlite_url(rest: str) -> URL:
+    # A parser of URLs would take a question mark in the name of a folder for the beginning of the options.
+    path, _, options = rest.rpartition("?") if "?" in rest and "/" not in rest.rpartition("?")[2] else (rest, "", "")
+    parsed = make_url(f"sqlite:///x?{options}") if options else URL.create("sqlite")
+    return URL.create("sqlite", database=path, query=parsed.query)
+
+
 def _sqlite(url: URL) -> CatalogUrl:
     query = dict(url.query)
     read_only = query.pop("mode", "rw") == "ro"
@@ -87,7 +96,8 @@ def _sqlite(url: URL) -> CatalogUrl:
         raise InvalidInputError(msg)
     # Absolute from here on: the process may change its directory while the store is open.
     path = Path(os.path.abspath(os.path.expanduser(url.database)))
-    return CatalogUrl(url, url.render_as_string(), (), path, read_only)
+    shown = f"sqlite:///{url.database}" + ("?mode=ro" if read_only else "")
+    return CatalogUrl(url, shown, (), path, read_only)
 
 
 def _shown_options(query: Mapping[str, str | Sequence[str]]) -> str:

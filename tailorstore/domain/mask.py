@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 from tailorstore.domain.errors import MaskError
 from tailorstore.domain.records import EXTRA_LAYER, Fidelity
 
+_SHOWN = 10
+
 MaskValue = bool | Fidelity
 MaskEntries = Mapping[str, MaskValue] | Iterable[str]
 
@@ -113,4 +115,8 @@ def _matches(name: str, context: MaskContext) -> list[str]:
     else:
         msg = f"mask names an unknown layer {name!r} at step {context.step} on {context.branch!r}"
     near = difflib.get_close_matches(name, context.layers, n=3, cutoff=0.3)
-    raise MaskError(msg + (f"; nearest: {', '.join(map(repr, near))}" if near else "; the model has no layers"))
+    if near:
+        raise MaskError(f"{msg}; nearest: {', '.join(map(repr, near))}")
+    shown = ", ".join(map(repr, list(context.layers)[:_SHOWN]))
+    more = f" and {len(context.layers) - _SHOWN} more" if len(context.layers) > _SHOWN else ""
+    raise MaskError(f"{msg}; the model's layers are {shown}{more}")

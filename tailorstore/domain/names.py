@@ -1,6 +1,7 @@
 """Names: parameter name → layer, layer version → key, text → ref. Pure functions."""
 
 import hashlib
+import operator
 import re
 import secrets
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tailorstore.domain.errors import BadNameError, InvalidInputError
-from tailorstore.domain.records import EXTRA_LAYER
+from tailorstore.domain.records import EXTRA_LAYER, Commit
 
 ROOT_DOCUMENT = "tailorstore.json"
 LAYERS_PREFIX = "layers/"
@@ -146,7 +147,7 @@ class Ref:
         return _ID_PREFIX.fullmatch(self.text) is not None
 
 
-def parse_ref(ref: str | int) -> Ref:
+def parse_ref(ref: str | int | Commit) -> Ref:
     """Parse ``1200``, ``latest``, ``main``, ``main@1200``, a tag, a commit id or its beginning.
 
     Raises:
@@ -156,8 +157,10 @@ def parse_ref(ref: str | int) -> Ref:
         >>> parse_ref("main@1200").kind, parse_ref(7).step, parse_ref("latest").kind
         ('branch@step', 7, 'latest')
     """
-    if isinstance(ref, int) and not isinstance(ref, bool):
-        ref = str(ref)
+    if isinstance(ref, Commit):
+        ref = ref.id
+    elif hasattr(ref, "__index__") and not isinstance(ref, bool):
+        ref = str(operator.index(ref))  # also numbers of NumPy and torch
     if not isinstance(ref, str) or not ref:
         msg = f"{ref!r} is no ref: give a step, 'latest', a branch, branch@step, a tag or a commit id"
         raise InvalidInputError(msg)

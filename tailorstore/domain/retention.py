@@ -121,7 +121,16 @@ class KeepBest(_Joinable):
             raise InvalidInputError(msg)
 
     def keep(self, inventory: Inventory) -> Iterable[tuple[str, str]]:
-        """Yield the best of each line; of equals, the newer."""
+        """Yield the best of each line; of equals, the newer.
+
+        Raises:
+            InvalidInputError: no commit has the metric; a mistyped name must not drop everything.
+        """
+        known = {name for commit in inventory.commits().values() for name in commit.metrics}
+        if inventory.commits() and self.metric not in known:
+            names = ", ".join(map(repr, sorted(known))) or "none at all"
+            msg = f"no commit has a metric {self.metric!r}; the commits have {names}"
+            raise InvalidInputError(msg)
         for branch, line in inventory.lines.items():
             finite = [commit for commit in line if math.isfinite(commit.metrics.get(self.metric, math.nan))]
             sign = 1.0 if self.mode == "min" else -1.0

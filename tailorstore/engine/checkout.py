@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import zarr
 
     from tailorstore.engine.tensors.lazy import LazyTensor
+    from tailorstore.engine.tensors.memory import Tensor
 
 
 class LazyMapping(Mapping[str, Any]):
@@ -188,7 +189,7 @@ class Checkpoint:
             for name, held in slots.items()
         }
         groups = self._contents.extra_part("param_groups", [])
-        if not groups:
+        if not any(groups):
             return {"state": state, "param_groups": []}
         dicts = []
         for optimizer_groups in groups:
@@ -219,17 +220,19 @@ class Checkpoint:
         problems: list[str] = []
         filling = plan_model(model, stored, problems, strict=strict)
         pairs = [(arrays[aliases.get(name, name)], target) for name, target in filling.model.items()]
+
+        def load(name: str, path: str) -> "Tensor":
+            return self._contents.loader(name)(path)
+
+        plan_states(model, self._contents.states(), load, problems, filling, strict=strict)
         if optim is not None:
-            slots_stored = self._contents.stored_optim(documents, aliases)
-            plan_optim(
-                model, optim, slots_stored, problems, filling, lambda name, path: self._contents.loader(name)(path)
-            )
+            stored_slots = self._contents.stored_optim(documents, aliases)
+            plan_optim(model, optim, stored_slots, problems, filling, load, strict=strict)
             pairs += [
                 (self._contents.array(self._contents.layer_of(name), path), target)
                 for name, path, target in filling.slots
             ]
         raise_mismatch(problems, f"the composite of step {self.step} on {self.commit.branch!r}")
-        plan_states(model, self._contents.states(), lambda name, path: self._contents.loader(name)(path), filling)
         extra = self._contents.extra_content()
         read_arrays(self._objects, pairs)
         for finish in filling.finish:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import ConflictError, HeadMovedError, RootTakenError, TailorError
+from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
 from tailorstore.domain.mask import Mask
 from tailorstore.domain.names import new_id
 from tailorstore.domain.records import (
@@ -28,6 +28,7 @@ from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.plan import Layout, PlannedLayer, due_layers, plan_layer
 from tailorstore.engine.read import load_documents
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, Model, Optim, capture
+from tailorstore.engine.tensors.memory import wait_for_devices
 from tailorstore.engine.tensors.packing import Packer
 from tailorstore.engine.tensors.rng import rng_states
 from tailorstore.engine.tensors.staging import HostArena
@@ -104,7 +105,9 @@ class Committer:
         commit_id = new_id()
         head, due = self._announce(commit_id, request, captured)
         layers = [*(captured.layers[name] for name in due), extra]
-        if staged:
+        if not staged:
+            wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
+        else:
             try:
                 layers = _stage(self.arena, layers)
             except BaseException:
@@ -126,29 +129,32 @@ class Committer:
         """Write, seal and publish an announced commit.
 
         Raises:
-            HeadMovedError, LeaseExpiredError, RootTakenError: somebody else was faster; nothing is visible and what
-                was written has been deleted or is swept by GC.
+            HeadMovedError, LeaseExpiredError, RootTakenError: somebody else was faster; nothing is visible here and
+                what was written is swept by GC.
             UnavailableError, AccessDeniedError: as before; after a failure of the catalog at the very end the commit
                 may have been published: ``log`` tells.
         """
         written = Written()
         try:
+            # Looked at twice: here so that a lost root costs nothing, and again when all is written, which counts.
+            check_binding(self.objects, self.binding)
             write_layers(self.objects, prepared.draft.id, prepared.draft.step, self._plan(prepared), written)
             manifest = self._manifest(prepared, written)
-            written.keys.append(write_manifest(self.objects, manifest))
-            check_binding(self.objects, self.binding)
         except BaseException:
             self._discard(prepared.draft.id, written)
             raise
+        # From here on nothing is deleted, whatever fails: once a manifest may exist, whoever takes the root over may
+        # have found it and published the commit. What nobody published is swept by GC, the manifest first.
         try:
+            write_manifest(self.objects, manifest)
+            check_binding(self.objects, self.binding)
             versions = [sealed.version for sealed in written.sealed.values()]
             commit = self.catalog.publish(prepared.draft, versions)
-        except ConflictError:
-            self._discard(prepared.draft.id, written)
+        except BaseException:
+            self._abandon(prepared.draft.id)
             self.head = None
             raise
-        finally:
-            self.keeper.forget(prepared.draft.id)
+        self.keeper.forget(prepared.draft.id)
         documents = dict(prepared.head.documents) if prepared.head else {}
         documents |= {name: sealed.document for name, sealed in written.sealed.items()}
         composite = Composite(commit, manifest.versions)
@@ -254,6 +260,7 @@ def _capture_extra(captured: Capture, extra: Any) -> LayerCapture:  # noqa: ANN4
         "extra": packer.pack({} if extra is None else extra, "extra"),
         "param_groups": captured.param_groups,
         "shared": captured.shared,
+        "optimizers": captured.classes,
         "rng": packer.pack(rng_states(), "rng"),
     }
     return LayerCapture(EXTRA_LAYER, content, {**captured.shared_arrays, **packer.arrays})

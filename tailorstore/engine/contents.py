@@ -106,6 +106,7 @@ class CompositeContents:
         return StoredOptim(
             groups=self.extra_part("param_groups", []),
             shared=self.extra_part("shared", []),
+            classes=self.extra_part("optimizers", []),
             slots=self.slots(),
             specs=specs,
             aliases=aliases,
@@ -168,7 +169,7 @@ class CompositeContents:
 
 def stored_tensor(array: StoredArray) -> StoredTensor:
     """Return what a comparison needs to know of an array."""
-    return StoredTensor(array.record.spec.shape, array.record.spec.dtype)
+    return StoredTensor(array.record.spec.shape, array.record.spec.dtype, array.record.digests)
 
 
 def paths_in(value: Any) -> list[str]:  # noqa: ANN401

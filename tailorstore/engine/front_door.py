@@ -17,6 +17,7 @@ from tailorstore.storage.objects import normalise_url, open_objects, printable_u
 
 DEFAULT_CHUNK_BYTES = 32 << 20
 _SMALLEST_CHUNK_BYTES = 1024
+_SHORTEST_LEASE = timedelta(seconds=1)
 
 
 def open_store(
@@ -61,6 +62,15 @@ def open_store(
         raise InvalidInputError(msg)
     if not isinstance(chunk_bytes, int) or chunk_bytes < _SMALLEST_CHUNK_BYTES:
         msg = f"chunk_bytes must be at least {_SMALLEST_CHUNK_BYTES}, not {chunk_bytes!r}"
+        raise InvalidInputError(msg)
+    if not isinstance(lease, timedelta) or lease < _SHORTEST_LEASE:
+        msg = f"lease must be a timedelta of at least {_SHORTEST_LEASE}, not {lease!r}"
+        raise InvalidInputError(msg)
+    if not callable(layers) and (not isinstance(layers, int) or isinstance(layers, bool)):
+        msg = f"layers must be a depth or a function from tensor name to layer name, not {layers!r}"
+        raise InvalidInputError(msg)
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        msg = f"storage_options must map names to values, not be a {type(storage_options).__name__}"
         raise InvalidInputError(msg)
     rule = layers if callable(layers) else layer_rule(layers)
     objects = open_objects(normalise_url(url), storage_options, transport)

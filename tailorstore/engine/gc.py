@@ -6,8 +6,9 @@ standing first and is deleted after the grace period, so readers that hold no le
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Set
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from tailorstore.catalog.catalog import StoreCatalog
@@ -19,12 +20,11 @@ from tailorstore.domain.names import (
     ROOT_DOCUMENT,
     is_id,
     layer_component,
-    manifest_key,
 )
 from tailorstore.domain.records import Binding, GcReport, LayerVersion
 from tailorstore.domain.retention import RetentionPolicy, decide
 from tailorstore.engine.commit import check_binding
-from tailorstore.storage.manifests import read_ref_record
+from tailorstore.storage.manifests import read_manifest, read_ref_record
 from tailorstore.storage.transport import ObjectInfo, Objects
 
 logger = logging.getLogger("tailorstore")
@@ -130,10 +130,7 @@ def collect(
     ids = [commit.id for commit in decision.expired]
     expired = catalog.preview(ids) if dry_run else catalog.expire(ids)
     sweep = _Sweep(objects, catalog, binding, grace, dry_run=dry_run, tell=tell)
-    if not dry_run:
-        # The manifests go first: a catalog rebuilt in between must not find commits whose layers are being deleted.
-        sweep.delete([manifest_key(commit.id) for commit in expired.commits])
-    sweep.run()
+    sweep.run({commit.id for commit in expired.commits})
     dropped = {commit.id for commit in expired.commits}
     spared = {commit_id: ("became protected meanwhile",) for commit_id in ids if commit_id not in dropped}
     return GcReport(
@@ -172,38 +169,21 @@ class _Sweep:
         self._dry_run = dry_run
         self._tell = tell
 
-    def run(self) -> None:
+    def run(self, expired: Set[str]) -> None:
+        """Sweep; ``expired`` are the ids of commits that this run dropped from the catalog."""
         # The order matters: list first, ask the catalog after. A version announced since is in no listing, one
         # announced before is known to the catalog, pending or published.
         listing = self._list()
-        versions = listing.versions
         doomed = {(layer_component(v.layer), v.version_id): v for v in self._catalog.doomed(self._grace)}
-        unknown = self._catalog.unknown_versions(list(versions), as_if_voided=self._dry_run)
-        leftovers = [pair for pair in unknown if self._old_enough(versions[pair])]
-        self._sweep_doomed(doomed, versions)
-        for at in range(0, len(leftovers), _BATCH):
-            self._sweep_leftovers([versions[pair] for pair in leftovers[at : at + _BATCH]])
-        self._sweep_documents(listing)
-
-    def delete(self, keys: Sequence[str], size_bytes: int = 0) -> int:
-        """Delete keys in batches; return how many are left."""
-        if self._dry_run:
-            self.tally.bytes_freed += size_bytes
-            return 0
-        left = 0
-        for at in range(0, len(keys), _BATCH):
-            # Another catalog may take the root over at any time; what it refers to is not ours to delete.
-            check_binding(self._objects, self._binding)
-            batch = keys[at : at + _BATCH]
-            failures = self._objects.delete(batch)
-            left += len(failures)
-            self.tally.deleted += len(batch) - len(failures)
-            self.tally.failed += len(failures)
-            for failure in failures[:3]:
-                logger.warning("gc could not delete %s (%s); the next run tries again", failure.key, failure.reason)
-        if not left:
-            self.tally.bytes_freed += size_bytes
-        return left
+        unknown = self._catalog.unknown_versions(list(listing.versions), as_if_voided=self._dry_run)
+        # Manifests before layers: as long as there is a manifest, a catalog that is rebuilt from it believes in its
+        # layers. What a manifest that stays refers to is left alone.
+        held = self._sweep_manifests(listing, expired)
+        self._sweep_doomed({pair: version for pair, version in doomed.items() if pair not in held}, listing)
+        leftovers = [pair for pair in unknown if pair not in held and self._old_enough(listing.versions[pair])]
+        self._sweep_leftovers([listing.versions[pair] for pair in leftovers])
+        halves = [one for record_id, one in listing.records.items() if self._is_half_written(record_id, one)]
+        self._sweep_leftovers([*halves, *(one for one in listing.replacements if self._old_enough(one))])
 
     def _list(self) -> _Listing:
         listing = _Listing()
@@ -213,43 +193,70 @@ class _Sweep:
                 self._tell("listing objects", count, None)
         return listing
 
+    def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> set[tuple[str, str]]:
+        """Delete manifests of commits that are not published; return the versions that those that stay refer to."""
+        unknown = self._catalog.unknown_commits(list(listing.manifests), as_if_voided=self._dry_run)
+        going = [i for i in unknown if i in expired or self._old_enough(listing.manifests[i])]
+        # Of expired commits it is the layers that are counted: a dry run could not tell what else will go.
+        groups = [replace(listing.manifests[i], size_bytes=0) if i in expired else listing.manifests[i] for i in going]
+        gone = self._delete(groups)
+        self.tally.leftovers += sum(
+            done for commit_id, done in zip(going, gone, strict=True) if commit_id not in expired
+        )
+        staying = unknown - {commit_id for commit_id, done in zip(going, gone, strict=True) if done}
+        held: set[tuple[str, str]] = set()
+        for commit_id in staying:
+            # One that cannot be read makes no catalog believe in anything.
+            with suppress(MissingObjectError, CorruptDocumentError, FormatTooNewError):
+                versions = read_manifest(self._objects, commit_id).versions.values()
+                held |= {(layer_component(version.layer), version.version_id) for version in versions}
+        return held
+
+    def _sweep_doomed(self, doomed: dict[tuple[str, str], LayerVersion], listing: _Listing) -> None:
+        pairs = list(doomed)
+        gone = self._delete([listing.versions.get(pair, _Found()) for pair in pairs], "sweeping versions")
+        buried = [doomed[pair] for pair, done in zip(pairs, gone, strict=True) if done]
+        self.tally.versions = len(buried)
+        if not self._dry_run and buried:
+            self._catalog.bury(buried)
+
+    def _sweep_leftovers(self, found: list[_Found]) -> None:
+        self.tally.leftovers += sum(self._delete(found, "sweeping leftovers"))
+
+    def _delete(self, groups: list[_Found], what: str = "sweeping manifests") -> list[bool]:
+        """Delete groups of objects, many to a request; return which groups are gone whole."""
+        gone: list[bool] = []
+        batch: list[_Found] = []
+        for group in groups:
+            batch.append(group)
+            if sum(len(one.keys) for one in batch) >= _BATCH:
+                gone += self._delete_batch(batch)
+                batch = []
+                self._tell(what, len(gone), len(groups))
+        return gone + self._delete_batch(batch) if batch else gone
+
+    def _delete_batch(self, batch: list[_Found]) -> list[bool]:
+        keys = [key for group in batch for key in group.keys]
+        failed: set[str] = set()
+        if not self._dry_run and keys:
+            # Another catalog may take the root over at any time; what it refers to is not ours to delete.
+            check_binding(self._objects, self._binding)
+            failures = self._objects.delete(keys)
+            failed = {failure.key for failure in failures}
+            self.tally.deleted += len(keys) - len(failures)
+            self.tally.failed += len(failures)
+            for failure in failures[:3]:
+                logger.warning("gc could not delete %s (%s); the next run tries again", failure.key, failure.reason)
+        gone = [failed.isdisjoint(group.keys) for group in batch]
+        self.tally.bytes_freed += sum(group.size_bytes for group, done in zip(batch, gone, strict=True) if done)
+        return gone
+
     def _old_enough(self, found: _Found) -> bool:
         # Where storage does not say how old an object is, it stays.
         if found.timeless or found.newest is None:
             return False
         skew = _CLOCK_SKEW if self._grace else timedelta(0)
         return datetime.now(UTC) - found.newest >= self._grace + skew
-
-    def _sweep_doomed(
-        self, doomed: dict[tuple[str, str], LayerVersion], versions: dict[tuple[str, str], _Found]
-    ) -> None:
-        gone: list[LayerVersion] = []
-        for done, (pair, version) in enumerate(doomed.items(), start=1):
-            found = versions.get(pair, _Found())
-            self._tell("sweeping versions", done, len(doomed))
-            if self.delete(found.keys, found.size_bytes) == 0:
-                gone.append(version)
-        self.tally.versions = len(gone)
-        if not self._dry_run and gone:
-            self._catalog.bury(gone)
-
-    def _sweep_leftovers(self, batch: list[_Found]) -> None:
-        for found in batch:
-            if self.delete(found.keys, found.size_bytes) == 0:
-                self.tally.leftovers += 1
-
-    def _sweep_documents(self, listing: _Listing) -> None:
-        """Delete documents that mean nothing any more.
-
-        These are manifests of commits that were never published or have been expired, records that a dying process
-        wrote by half, and what was to replace ``tailorstore.json`` and did not.
-        """
-        unknown = self._catalog.unknown_commits(list(listing.manifests), as_if_voided=self._dry_run)
-        found = [listing.manifests[commit_id] for commit_id in unknown]
-        found += [one for record_id, one in listing.records.items() if self._is_half_written(record_id, one)]
-        for one in (*found, *listing.replacements):
-            if self._old_enough(one) and self.delete(one.keys, one.size_bytes) == 0:
-                self.tally.leftovers += 1
 
     def _is_half_written(self, record_id: str, found: _Found) -> bool:
         if not self._old_enough(found):

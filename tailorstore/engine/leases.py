@@ -1,13 +1,27 @@
 """Keeps claims alive: a thread renews the leases of this process's commits and readers."""
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from tailorstore.domain.errors import TailorError
 
 logger = logging.getLogger("tailorstore")
+
+
+_keepers: "weakref.WeakSet[LeaseKeeper]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The parent's leases are the parent's to renew and to give back, and its thread did not come along.
+    for keeper in _keepers:
+        keeper._start_empty()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class LeaseKeeper:
@@ -27,11 +41,15 @@ class LeaseKeeper:
         self.lease = lease
         self._renew = renew
         self._release = release
+        self._closed = False
+        self._start_empty()
+        _keepers.add(self)
+
+    def _start_empty(self) -> None:
         self._held: set[str] = set()
         self._dropped: list[str] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
 
     def hold(self, lease_id: str) -> None:
         """Renew a lease from now on."""

@@ -13,7 +13,6 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import platformdirs
 
@@ -26,7 +25,7 @@ from tailorstore.domain.errors import (
 from tailorstore.domain.names import COMMITS_PREFIX, ROOT_DOCUMENT, new_id
 from tailorstore.domain.records import Binding
 from tailorstore.engine.rebuild import History, read_history
-from tailorstore.storage.manifests import read_binding, write_binding
+from tailorstore.storage.manifests import manifest_ids, read_binding, ref_record_ids, write_binding
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
@@ -46,6 +45,8 @@ class Opened:
     """Whether ``catalog`` owns the root; else it is a copy of the manifests, for reading only."""
     temporary: Path | None = None
     """Folder of a catalog made for the occasion."""
+    seen: frozenset[str] = frozenset()
+    """Of such a catalog: what was in the root before it was read."""
 
     def close(self) -> None:
         """Close the catalog, and remove it if it was made for the occasion."""
@@ -62,10 +63,10 @@ def default_catalog(url: str) -> str:
     Args:
         url: normalised, without secrets.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return f"sqlite:///{Path(unquote(parts.path)) / 'catalog.sqlite'}"
-    if parts.scheme == "memory":
+    if url.startswith("file://"):
+        # Roots' URLs are not percent-encoded, so what follows is the path as it is.
+        return f"sqlite:///{Path(url.removeprefix('file://')) / 'catalog.sqlite'}"
+    if url.startswith("memory://"):
         return _memory_catalog(url)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", url).strip("-")[:60]
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
@@ -109,13 +110,34 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
     if catalog is not None:
         store = catalog.store(binding.store_id)
         if store is not None and store.binding() == binding:
-            return Opened(catalog, store, binding, owned=True)
+            if _is_at_home(store, objects, catalog_url):
+                return Opened(catalog, store, binding, owned=True)
+            logger.warning(
+                "catalog %s knows this store at %s, not at %s: a copy can only be read. If the root was moved,"
+                " 'tailorstore rebuild' takes it over",
+                catalog.url,
+                store.root(),
+                objects.url,
+            )
+        else:
+            logger.warning("the root %s belongs to another catalog: reading it from its manifests", objects.url)
         catalog.close()
     return open_copy(objects, binding)
 
 
+def _is_at_home(store: StoreCatalog, objects: Objects, catalog_url: str) -> bool:
+    """Tell whether a root is the one that the catalog means, and not a copy of it.
+
+    Two roots with one catalog would publish into one history and collect each other's objects. A catalog inside the
+    root went along with it when it was copied or moved.
+    """
+    return store.root() == objects.url or catalog_url == default_catalog(objects.url)
+
+
 def open_copy(objects: Objects, binding: Binding) -> Opened:
     """Open a root that another catalog owns: for reading, from its manifests."""
+    # Looked at first: what is published while the manifests are being read must not count as seen.
+    seen = fingerprint(objects)
     folder = Path(tempfile.mkdtemp(prefix="tailorstore-copy-"))
     try:
         catalog = Catalog.open(f"sqlite:///{folder / 'catalog.sqlite'}", create=True)
@@ -123,7 +145,12 @@ def open_copy(objects: Objects, binding: Binding) -> Opened:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Opened(catalog, store, binding, owned=False, temporary=folder)
+    return Opened(catalog, store, binding, owned=False, temporary=folder, seen=seen)
+
+
+def fingerprint(objects: Objects) -> frozenset[str]:
+    """Return what tells whether a root's history has changed: the ids of all its manifests and records."""
+    return frozenset(manifest_ids(objects)) | frozenset(ref_record_ids(objects))
 
 
 def load_history(catalog: Catalog, binding: Binding, objects: Objects, history: History) -> StoreCatalog:

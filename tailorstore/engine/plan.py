@@ -64,13 +64,16 @@ def check_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, floa
     Raises:
         InvalidInputError: a name that is no string, or a value that is no number.
     """
-    found = {}
+    found: dict[str, float] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        msg = f"metrics map names to numbers; a {type(metrics).__name__} does not"
+        raise InvalidInputError(msg)
     for name, value in (metrics or {}).items():
         try:
             if not isinstance(name, str) or isinstance(value, str):
                 raise TypeError
             found[name] = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             msg = f"metric {name!r} is {value!r}; metrics map names to numbers"
             raise InvalidInputError(msg) from None
     return found

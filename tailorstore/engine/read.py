@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tailorstore.domain.chunks import Box, Chunk, chunks_in, chunks_of
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument, LayerVersion
-from tailorstore.engine.tensors.memory import Tensor, as_bytes, copy_into, empty_host, is_plain
+from tailorstore.engine.tensors.memory import Tensor, as_bytes, copy_into, empty_host, is_plain, wait_for_devices
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import load_document, object_key, read_chunk
 from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
@@ -107,6 +107,8 @@ def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -
     Raises:
         MissingObjectError, DigestMismatchError: some tensors may be overwritten wholly or in part.
     """
+    pairs = list(pairs)
+    wait_for_devices(target for _, target in pairs)
     budget = MemoryBudget(COPY_BUDGET_BYTES)
     sized: list[tuple[int, Job]] = []
     for array, target in pairs:

@@ -1,12 +1,14 @@
 """From the manifests in a root back to a catalog: the explicit take-over, and the view of a root owned by another."""
 
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError
 from tailorstore.domain.names import manifest_key, ref_record_key
-from tailorstore.domain.records import CommitManifest, RefRecord
+from tailorstore.domain.records import Commit, CommitManifest, RefRecord
 from tailorstore.storage.manifests import manifest_ids, read_manifest, read_ref_record, ref_record_ids
 from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.transport import Objects
@@ -64,18 +66,29 @@ def replay(
     ]
     events += [(record.created_at, 1, record) for record in records]
     events.sort(key=lambda event: (event[0], event[1]))
+    pointed: dict[str, list[datetime]] = {}
+    for record in sorted(records, key=lambda record: record.created_at):
+        if record.kind == "branch":
+            pointed.setdefault(record.name, []).append(record.created_at)
+    siblings: dict[tuple[str, str | None], list[Commit]] = defaultdict(list)
+    for manifest in manifests:
+        siblings[manifest.commit.branch, manifest.commit.parent].append(manifest.commit)
     branches: dict[str, str] = {}
     tags: dict[str, str] = {}
     placed: dict[str, CommitManifest] = {}
+
+    def changes_before(commit: Commit) -> int:
+        return bisect_right(pointed.get(commit.branch, []), commit.created_at)
 
     def loses(manifest: CommitManifest) -> bool:
         commit = manifest.commit
         if commit.id in built_on or commit.id in referenced:
             return False
+        # Where the branch was moved or removed in between, two commits with the same parent never met.
         rivals = [
-            other.commit
-            for other in manifests
-            if other is not manifest and other.commit.branch == commit.branch and other.commit.parent == commit.parent
+            other
+            for other in siblings[commit.branch, commit.parent]
+            if other is not commit and changes_before(other) == changes_before(commit)
         ]
         return any(
             rival.id in built_on or rival.id in referenced or rival.created_at > commit.created_at for rival in rivals

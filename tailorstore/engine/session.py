@@ -6,9 +6,9 @@ from tailorstore.catalog.catalog import Catalog, StoreCatalog
 from tailorstore.domain.errors import ClosedError, RootTakenError
 from tailorstore.domain.records import Binding, RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
-from tailorstore.engine.opening import Opened, load_history, open_copy
+from tailorstore.engine.opening import Opened, fingerprint, load_history, open_copy
 from tailorstore.engine.rebuild import read_history
-from tailorstore.storage.manifests import manifest_ids, read_binding, ref_record_ids, write_binding
+from tailorstore.storage.manifests import read_binding, write_binding
 from tailorstore.storage.objects import printable_url
 from tailorstore.storage.transport import Objects
 
@@ -36,12 +36,17 @@ class Session:
         self.catalog: StoreCatalog = opened.store
         self.binding: Binding = opened.binding
         self.keeper = LeaseKeeper(self.catalog.renew, self.catalog.release, self._lease)
-        self._seen = self._fingerprint() if not opened.owned else None
+        self._seen = opened.seen
 
     @property
     def writable(self) -> bool:
         """Whether the catalog owns the root and this process may write to it."""
         return self._opened.owned and not self._opened.catalog.read_only
+
+    @property
+    def owned(self) -> bool:
+        """Whether the catalog owns the root."""
+        return self._opened.owned
 
     @property
     def catalog_url(self) -> str:
@@ -69,8 +74,8 @@ class Session:
         if not self._opened.owned:
             msg = (
                 f"cannot {verb}: the root {self.objects.url} belongs to catalog {self.binding.catalog_id} (epoch"
-                f" {self.binding.epoch}), not to {self.catalog_url}. Open it with that catalog, or take it over with"
-                " rebuild_catalog() ('tailorstore rebuild')"
+                f" {self.binding.epoch}), not to {self.catalog_url} here. Open it as its owner does, or take it"
+                " over with rebuild_catalog() ('tailorstore rebuild')"
             )
             raise RootTakenError(msg)
 
@@ -81,7 +86,7 @@ class Session:
             Whether the catalog is another object than before.
         """
         self.check_open()
-        if self._opened.owned or self._fingerprint() == self._seen:
+        if self._opened.owned or fingerprint(self.objects) == self._seen:
             return False
         copy = open_copy(self.objects, read_binding(self.objects) or self.binding)
         self._leave()
@@ -124,6 +129,3 @@ class Session:
     def _leave(self) -> None:
         self.keeper.close()
         self._opened.close()
-
-    def _fingerprint(self) -> frozenset[str]:
-        return frozenset(manifest_ids(self.objects)) | frozenset(ref_record_ids(self.objects))

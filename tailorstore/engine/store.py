@@ -1,7 +1,9 @@
 """The front door: a store is one catalog plus one root, and every verb starts here."""
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal, SupportsFloat, overload
@@ -44,6 +46,18 @@ from tailorstore.storage.manifests import write_ref_record
 logger = logging.getLogger("tailorstore")
 
 
+_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # A child has none of its parent's threads: a commit under way is the parent's, and so is whoever holds the lock.
+    for store in _stores:
+        store._leave_parent()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class Store:
     """Checkpoints of a training run: one root, one catalog. Made by :func:`open_store`; a context manager.
 
@@ -62,6 +76,7 @@ class Store:
         self._layout = layout
         self._committing = threading.Lock()
         self._pending: PendingCommit | None = None
+        _stores.add(self)
         self._committer = self._new_committer()
 
     def _new_committer(self) -> Committer:
@@ -89,6 +104,11 @@ class Store:
     def writable(self) -> bool:
         """Whether this catalog owns the root, so that commits, tags and GC are possible."""
         return self._session.writable
+
+    @property
+    def owned(self) -> bool:
+        """Whether this catalog owns the root; else the store is read from its manifests."""
+        return self._session.owned
 
     @property
     def catalog_url(self) -> str:
@@ -172,8 +192,11 @@ class Store:
             return self._pending
 
     def _settle(self) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
+            # Forgotten only once it has ended: an interrupt while waiting must not let the next commit use its memory.
+            pending.wait()
+            self._pending = None
             pending.settle()
 
     # History
@@ -183,11 +206,15 @@ class Store:
 
         Raises:
             BranchNotFoundError: no such branch, or one without commits.
+            InvalidInputError: a limit below 0.
         """
+        if limit is not None and (not isinstance(limit, int) or limit < 0):
+            msg = f"limit must be None or a whole number of at least 0, not {limit!r}"
+            raise InvalidInputError(msg)
         self._refresh()
         return self._catalog.log(branch or self.branch_name, limit)
 
-    def checkout(self, ref: str | int = LATEST) -> Checkpoint:
+    def checkout(self, ref: str | int | Commit = LATEST) -> Checkpoint:
         """Return the composite checkpoint of a ref: one catalog query, no tensor bytes.
 
         Args:
@@ -214,18 +241,18 @@ class Store:
             drop=lambda: keeper.drop(lease_id),
         )
 
-    def show(self, ref: str | int = LATEST) -> Commit:
+    def show(self, ref: str | int | Commit = LATEST) -> Commit:
         """Return the commit of a ref; raises as :meth:`checkout` does."""
         self._refresh()
         return self._catalog.resolve_commit(parse_ref(ref), self.branch_name)
 
-    def diff(self, a: str | int, b: str | int) -> CommitDiff:
+    def diff(self, a: str | int | Commit, b: str | int | Commit) -> CommitDiff:
         """Compare two composites layer by layer, by their digests; raises as :meth:`checkout` does."""
         self._refresh()
         first, second = (self._catalog.composite(self.show(ref).id) for ref in (a, b))
         return diff_composites(first, second)
 
-    def layers(self, ref: str | int = LATEST) -> list[LayerInfo]:
+    def layers(self, ref: str | int | Commit = LATEST) -> list[LayerInfo]:
         """Return the layers of a composite with their source steps, sizes and numbers of versions."""
         return self._catalog.layers(self.show(ref).id)
 
@@ -244,13 +271,14 @@ class Store:
         self._refresh()
         return self._catalog.branches()
 
-    def tag(self, name: str, ref: str | int = LATEST) -> Commit:
+    def tag(self, name: str, ref: str | int | Commit = LATEST) -> Commit:
         """Name a commit for good; GC keeps it as long as the tag is there.
 
         Raises:
             BadNameError, TagExistsError, RefNotFoundError: nothing was changed.
         """
         self._session.check_writable("tag")
+        self._finish_commit()
         commit = self.show(ref)
         self._point("tag", check_name("tag", name), commit.id, lambda: self._catalog.tag(name, commit.id))
         return commit
@@ -264,7 +292,7 @@ class Store:
         self._session.check_writable("delete a tag")
         self._point("tag", name, None, lambda: self._catalog.untag(name))
 
-    def branch(self, name: str, ref: str | int = LATEST, *, move: bool = False) -> Commit:
+    def branch(self, name: str, ref: str | int | Commit = LATEST, *, move: bool = False) -> Commit:
         """Start a branch at a commit, or move one there; both lines share the layers up to it.
 
         Moving a branch back leaves the commits after it on no branch: they stay until GC runs with a policy.
@@ -273,6 +301,7 @@ class Store:
             BadNameError, BranchExistsError, RefNotFoundError: nothing was changed.
         """
         self._session.check_writable("branch")
+        self._finish_commit()
         commit = self.show(ref)
         self._point(
             "branch", check_name("branch", name), commit.id, lambda: self._catalog.branch(name, commit.id, move=move)
@@ -284,8 +313,12 @@ class Store:
 
         Raises:
             BranchNotFoundError: no such branch.
+            InvalidInputError: it is the only one.
         """
         self._session.check_writable("delete a branch")
+        if [known.name for known in self._catalog.branches()] == [name]:
+            msg = f"branch {name!r} is the only one: without it every commit would be on no branch; make another first"
+            raise InvalidInputError(msg)
         self._point("branch", name, None, lambda: self._catalog.delete_branch(name))
 
     def _point(
@@ -295,7 +328,6 @@ class Store:
 
         The catalog goes first: it may refuse. Should the process die in between, only a rebuild could tell.
         """
-        self._wait_for_pending()
         check_binding(self._objects, self._session.binding)
         change()
         write_ref_record(self._objects, RefRecord(new_id(), kind, name, commit_id, self._catalog.now()))
@@ -325,6 +357,9 @@ class Store:
             UnavailableError, AccessDeniedError: run it again; nothing that has standing is ever deleted.
         """
         self._session.check_writable("collect garbage")
+        if policy is not None and not callable(getattr(policy, "keep", None)):
+            msg = f"policy must be KeepLast(n), KeepEvery(steps), … joined by |, not {policy!r}"
+            raise InvalidInputError(msg)
         return collect(
             self._objects,
             self._catalog,
@@ -335,7 +370,7 @@ class Store:
             progress=progress,
         )
 
-    def verify(self, ref: str | int | None = None, *, progress: Progress | None = None) -> VerifyReport:
+    def verify(self, ref: str | int | Commit | None = None, *, progress: Progress | None = None) -> VerifyReport:
         """Read every object of a composite, or of the whole store, and compare it with its digest.
 
         Raises:
@@ -360,9 +395,12 @@ class Store:
             UnavailableError, AccessDeniedError: root or catalog cannot be read or written; the owner stays.
         """
         self._session.check_open()
-        self._settle()
-        report = self._session.take_over()
-        self._committer = self._new_committer()
+        with self._committing:
+            if self._pending is not None:
+                # Its error, if it has one, is for the next commit: it may be what this call is meant to mend.
+                self._pending.wait()
+            report = self._session.take_over()
+            self._committer = self._new_committer()
         return report
 
     def close(self) -> None:
@@ -393,10 +431,18 @@ class Store:
         return f"<Store {self.url} on {self.branch_name!r}{'' if self.writable else ', read-only'}>"
 
     def _refresh(self) -> None:
+        # What this store has begun to commit is part of what it shows; an error is for `commit`, `result` and `close`.
+        pending = self._pending
+        if pending is not None:
+            pending.wait()
         if self._session.refresh():
             self._committer = self._new_committer()
 
-    def _wait_for_pending(self) -> None:
-        """Wait for a commit under way, so that a ref can mean it; its error is for ``commit`` and ``close``."""
-        if self._pending is not None:
-            self._pending.wait()
+    def _leave_parent(self) -> None:
+        self._committing = threading.Lock()
+        self._pending = None
+
+    def _finish_commit(self) -> None:
+        """Wait for a commit under way, so that a ref can mean it; raise its error if nobody has seen that yet."""
+        with self._committing:
+            self._settle()

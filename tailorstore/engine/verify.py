@@ -7,7 +7,13 @@ from functools import partial
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.chunks import Chunk, chunks_of
-from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, FormatTooNewError, MissingObjectError
+from tailorstore.domain.errors import (
+    CorruptDocumentError,
+    DigestMismatchError,
+    FormatTooNewError,
+    MissingObjectError,
+    RefNotFoundError,
+)
 from tailorstore.domain.names import manifest_key, version_prefix
 from tailorstore.domain.records import ArrayRecord, Damage, LayerVersion, VerifyReport
 from tailorstore.engine.gc import Progress
@@ -54,10 +60,10 @@ def verify(
     checks = [_VersionCheck(objects, version, findings, tell, len(versions)) for version in versions]
     manifests = [partial(_check_manifest, objects, catalog, commit_id, findings) for commit_id in commits]
     run_jobs([*(check.open for check in checks), *manifests], objects.workers)
-    damages = [
-        replace(damage, commits=damage.commits or _holding(catalog, damage))
-        for damage in sorted(findings.damages, key=lambda found: (found.step, found.layer, found.key))
-    ]
+    found = sorted(findings.damages, key=lambda damage: (damage.step, damage.layer, damage.key))
+    told = [replace(damage, commits=damage.commits or _holding(catalog, damage)) for damage in found]
+    # What GC expired meanwhile is no damage: it may be half deleted.
+    damages = [damage for damage in told if damage.commits]
     return VerifyReport(len(versions), findings.objects, findings.bytes_read, tuple(damages))
 
 
@@ -67,7 +73,10 @@ def _holding(catalog: StoreCatalog, damage: Damage) -> tuple[str, ...]:
 
 
 def _check_manifest(objects: Objects, catalog: StoreCatalog, commit_id: str, findings: _Findings) -> None:
-    composite = catalog.composite(commit_id)
+    try:
+        composite = catalog.composite(commit_id)
+    except RefNotFoundError:
+        return  # expired since
     key, step = manifest_key(commit_id), composite.commit.step
     damage: Damage | None = None
     try:
@@ -77,7 +86,8 @@ def _check_manifest(objects: Objects, catalog: StoreCatalog, commit_id: str, fin
                 "document", "", step, key, "the manifest is not the one of the catalog's commit", (commit_id,)
             )
     except MissingObjectError as error:
-        damage = Damage("missing", "", step, key, str(error), (commit_id,))
+        if not catalog.unknown_commits([commit_id]):
+            damage = Damage("missing", "", step, key, str(error), (commit_id,))
     except (CorruptDocumentError, FormatTooNewError) as error:
         damage = Damage("document", "", step, key, str(error), (commit_id,))
     with findings.lock:

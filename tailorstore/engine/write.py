@@ -138,9 +138,9 @@ class _LayerWriter:
     def _held(self, path: str, chunk: Chunk) -> AbstractContextManager[None]:
         spec = self.planned.specs[path]
         plain = is_plain(self.planned.capture.arrays[path])
-        size = chunk.elements * itemsize(spec.dtype)
-        copies = (0 if plain else 1) + (0 if spec.codec == "none" else 1) + self._objects.copies_on_put
-        return self._budget.hold(copies * size)
+        padded = chunk.elements < chunk.capacity
+        copies = (not plain) + padded + (spec.codec != "none") + self._objects.copies_on_put
+        return self._budget.hold(copies * chunk.capacity * itemsize(spec.dtype))
 
     def _seal(self) -> None:
         name = self.planned.capture.name

@@ -24,15 +24,17 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> None:
     """
     heap = _Heap(jobs)
     helpers = [threading.Thread(target=heap.work, name=f"tailorstore-{number}") for number in range(1, workers)]
-    for helper in helpers:
-        helper.start()
+    started = []
     try:
+        for helper in helpers:
+            helper.start()
+            started.append(helper)
         heap.work()
-    except BaseException as error:  # an interrupt of the calling thread outside a job
+    except BaseException as error:  # an interrupt of the calling thread outside a job, or no more threads
         heap.fail(error)
         raise
     finally:
-        for helper in helpers:
+        for helper in started:
             helper.join()
     if heap.error is not None:
         raise heap.error

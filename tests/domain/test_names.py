@@ -42,7 +42,7 @@ def test_depth_tells_experts_apart() -> None:
         layer_rule(0)
 
 
-SAFE = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9_.=-]*")
+SAFE = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9_.=-]*")
 
 
 @given(st.text())

@@ -55,7 +55,6 @@ TEN = [
         (KeepEvery(25), [10, 30, 50, 80, 100]),
         (KeepBest("loss", 2), [30, 40, 100]),
         (KeepBest("loss", 1, mode="max"), [100]),
-        (KeepBest("unknown", 3), [100]),
         (KeepWithin(timedelta(hours=20)), [80, 90, 100]),
         (KeepTagged(), [100]),
         (KeepLast(1) | KeepEvery(50) | KeepBest("loss"), [10, 40, 50, 100]),
@@ -63,6 +62,12 @@ TEN = [
 )
 def test_policies(policy: RetentionPolicy | None, steps: list[int]) -> None:
     assert kept(policy, inventory(*TEN)) == steps
+
+
+def test_a_metric_that_no_commit_has_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"'los'.*'loss'"):
+        kept(KeepBest("los", 3), inventory(*TEN))
+    assert kept(KeepBest("los", 3), inventory()) == []
 
 
 def test_nan_and_infinities_are_never_best() -> None:

@@ -22,12 +22,19 @@ def command(settings: Settings) -> None:
     try:
         with settings.open() as store:
             made, url, catalog, writable = False, store.url, store.catalog_url, store.writable
+            owned = store.owned
     except StoreNotFoundError:
         with settings.open(create=True) as store:
             made, url, catalog, writable = True, store.url, store.catalog_url, store.writable
+            owned = store.owned
     if settings.json:
         print_json({"store": url, "catalog": catalog, "created": made, "writable": writable})
         return
     state = "made" if made else "was there already; nothing was changed"
-    rights = "yes" if writable else "no: another catalog owns it ('tailorstore rebuild' takes it over)"
+    if writable:
+        rights = "yes"
+    elif owned:
+        rights = "no: you may only read it"
+    else:
+        rights = "no: another catalog owns it ('tailorstore rebuild' takes it over)"
     print_details([("store", url), ("catalog", catalog), ("state", state), ("writable", rights)])

@@ -51,6 +51,8 @@ class Capture:
     """Per optimizer, its groups with options packed and parameters by name; empty without optimizers."""
     shared: list[Any]
     """Per optimizer, state that belongs to no parameter; ``None`` where there is none."""
+    classes: list[str | None]
+    """Per optimizer, the name of its class; ``None`` for a state dict."""
     shared_arrays: Arrays = field(default_factory=dict)
     """Arrays of ``param_groups`` and ``shared``: they go into ``@extra``."""
 
@@ -89,7 +91,10 @@ def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         if not isinstance(name, str):
             msg = f"model maps {name!r} to a tensor; names must be strings"
             raise InvalidInputError(msg)
-        clean = name.replace("_orig_mod.", "")
+        clean = without_wrappers(name) if isinstance(model, torch.nn.Module) else name
+        if clean in tensors or clean in states:
+            msg = f"two tensors of the model are named {clean!r} once 'torch.compile' is taken out of their names"
+            raise InvalidInputError(msg)
         if isinstance(value, torch.Tensor):
             check_storable(value, clean)
             tensors[clean] = value
@@ -104,6 +109,11 @@ def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, states
 
 
+def without_wrappers(name: str) -> str:
+    """Drop what ``torch.compile`` adds to the names inside a compiled submodule."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return name → the first name that shares exactly its memory (tied parameters)."""
     first: dict[tuple[Any, ...], str] = {}
@@ -111,7 +121,15 @@ def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        key = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.is_conj())
+        key = (
+            tensor.device,
+            tensor.dtype,
+            tensor.data_ptr(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
         if key in first:
             aliases[name] = first[key]
         else:
@@ -135,13 +153,20 @@ def optimizers_of(optim: Optim) -> list[OptimizerLike]:
     found = list(optim) if isinstance(optim, Sequence) and not isinstance(optim, str) else [optim]
     unwrapped = []
     for item in found:
-        # accelerate, lightning and others wrap the real optimizer in an attribute of this name.
-        inner = getattr(item, "optimizer", item)
+        inner = _unwrap_optimizer(item)
         if not isinstance(inner, torch.optim.Optimizer | Mapping):
             msg = f"optim must be torch optimizers or state dicts keyed by parameter name, not {type(item).__name__}"
             raise InvalidInputError(msg)
         unwrapped.append(inner)
     return unwrapped
+
+
+def _unwrap_optimizer(item: Any) -> Any:  # noqa: ANN401
+    """Return the optimizer that accelerate, lightning and others wrap; one with state of its own is no mere wrapper."""
+    inner = getattr(item, "optimizer", None)
+    if not isinstance(inner, torch.optim.Optimizer):
+        return item
+    return inner if not isinstance(item, torch.optim.Optimizer) or item.state is inner.state else item
 
 
 def capture(model: Model, optim: Optim, rule: LayerRule) -> Capture:
@@ -169,16 +194,17 @@ def capture(model: Model, optim: Optim, rule: LayerRule) -> Capture:
     names = {id(tensor): aliases.get(name, name) for name, tensor in reversed(tensors.items())}
     names |= {id(tensor): name for name, tensor in tensors.items() if name not in aliases}
     extra = Packer()
-    groups, shared = [], []
+    groups, shared, classes = [], [], []
     for number, optimizer in enumerate(optimizers_of(optim)):
         named = _named_state(optimizer, names, tensors, number)
         for name, slots in named.state.items():
             sorter.add_slots(aliases.get(name, name), slots, number)
+        classes.append(type(optimizer).__qualname__ if isinstance(optimizer, torch.optim.Optimizer) else None)
         groups.append(extra.pack(named.groups, f"optim.{number}.groups"))
         shared.append(extra.pack(named.shared, f"optim.{number}.shared") if named.shared else None)
     layers = sorter.layers()
     tied = {rule(name): rule(target) for name, target in aliases.items() if rule(name) not in layers}
-    return Capture(layers, tied, groups, shared, extra.arrays)
+    return Capture(layers, tied, groups, shared, classes, extra.arrays)
 
 
 @dataclass(frozen=True, slots=True)

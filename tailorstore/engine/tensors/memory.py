@@ -1,5 +1,6 @@
 """Tensors as bytes: dtype names, views of memory, copies that keep every bit."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def check_storable(tensor: torch.Tensor, owner: str) -> None:
     Raises:
         InvalidInputError: sparse, meta, nested, quantised or wrapper-subclass tensors; names the tensor.
     """
+    if torch.nn.parameter.is_lazy(tensor):
+        msg = f"{owner}: a lazy parameter has no shape yet; run the model once before it is committed or restored"
+        raise InvalidInputError(msg)
     dtype_name(tensor.dtype, owner)
     if hasattr(tensor, "__tensor_flatten__"):
         msg = f"{owner}: a {type(tensor).__name__} wraps other tensors; pass its plain tensors instead"
@@ -114,6 +118,16 @@ def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
             if stride == 0 and size > 1:
                 target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
         target.copy_(source)
+
+
+def wait_for_devices(tensors: Iterable[torch.Tensor]) -> None:
+    """Wait until what the calling thread has queued on the tensors' devices is done.
+
+    Streams belong to threads: without this, other threads could read values that are not computed yet, or write values
+    that queued work still overwrites.
+    """
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def empty_host(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

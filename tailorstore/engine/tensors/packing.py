@@ -31,6 +31,8 @@ Arrays = dict[str, torch.Tensor]
 """Array path below the layer version's prefix → tensor."""
 
 _MAX_DEPTH = 64
+_MAX_INT_BITS = 8192
+"""Python refuses to read decimal numbers much longer than this."""
 _NUMPY_KINDS = "biufc"
 
 
@@ -71,6 +73,9 @@ class Packer:
         if value is None or isinstance(value, bool | str):
             return value
         if isinstance(value, int):
+            if value.bit_length() > _MAX_INT_BITS:
+                msg = f"extra state at {path} is an integer of {value.bit_length()} bits; pass it as bytes"
+                raise ExtraStateError(msg)
             return int(value)
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}

@@ -16,6 +16,7 @@ from tailorstore.engine.tensors.capture import (
     model_tensors,
     optimizers_of,
     unwrap,
+    without_wrappers,
 )
 from tailorstore.engine.tensors.memory import DTYPES
 from tailorstore.engine.tensors.packing import unpack
@@ -29,6 +30,8 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
+    digests: tuple[str, ...] = ()
+    """Of its chunks."""
 
 
 @dataclass(slots=True)
@@ -66,6 +69,9 @@ def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[
             for name, known in stored.items()
             if name not in tensors
         ]
+    for name, target in aliases.items():
+        if strict and name in stored and target in stored and stored[name] != stored[target]:
+            problems.append(f"tied: {name} and {target} are one tensor in the model, two in the composite")
     for name, tensor in tensors.items():
         if name not in stored or name in aliases:
             continue
@@ -80,18 +86,32 @@ def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[
     return filling
 
 
-def plan_states(model: Model, states: Mapping[str, Any], load: Callable[[str, str], Any], filling: Filling) -> None:
-    """Arrange for modules with ``set_extra_state`` to be given theirs back."""
+def plan_states(
+    model: Model,
+    states: Mapping[str, Any],
+    load: Callable[[str, str], Any],
+    problems: list[str],
+    filling: Filling,
+    *,
+    strict: bool,
+) -> None:
+    """Arrange for modules with ``set_extra_state`` to be given theirs back; arguments as for :func:`plan_model`."""
     module = unwrap(model)
     if not isinstance(module, torch.nn.Module):
         return
-    for name, value in states.items():
-        owner = name.removesuffix("_extra_state").removesuffix(".")
-        filling.finish.append(partial(_set_state, module, owner, value, partial(load, name)))
+    _, mine = model_tensors(model)
+    if strict:
+        problems += [f"missing: extra state {name} is not in the composite" for name in mine if name not in states]
+        problems += [f"unexpected: extra state {name} is not in the model" for name in states if name not in mine]
+    modules = {without_wrappers(name): found for name, found in module.named_modules()}
+    for name in mine:
+        owner = modules.get(name.removesuffix("_extra_state").removesuffix("."))
+        if name in states and owner is not None:
+            filling.finish.append(partial(_set_state, owner, states[name], partial(load, name)))
 
 
-def _set_state(module: torch.nn.Module, owner: str, value: Any, load: Callable[[str], Any]) -> None:  # noqa: ANN401
-    module.get_submodule(owner).set_extra_state(unpack(value, load))
+def _set_state(owner: torch.nn.Module, value: Any, load: Callable[[str], Any]) -> None:  # noqa: ANN401
+    owner.set_extra_state(unpack(value, load))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +121,8 @@ class StoredOptim:
     groups: Sequence[Sequence[Mapping[str, Any]]]
     """Per optimizer, its groups: options, and ``params`` as names."""
     shared: Sequence[Mapping[Any, Any] | None]
+    classes: Sequence[str | None]
+    """Per optimizer, the name of its class; ``None`` where it was a state dict."""
     slots: Mapping[str, Mapping[str, Any]]
     """Parameter name → slot → packed value."""
     specs: Mapping[str, Mapping[str, StoredTensor]]
@@ -115,6 +137,8 @@ def plan_optim(
     problems: list[str],
     filling: Filling,
     load: Callable[[str, str], Any],
+    *,
+    strict: bool,
 ) -> None:
     """Match optimizers with stored ones, group by group and parameter by parameter.
 
@@ -125,10 +149,13 @@ def plan_optim(
         problems: every difference is added here.
         filling: what to read and do is added here; nothing is changed before its ``finish`` runs.
         load: reads an array (parameter name, path) that is no plain slot.
+        strict: also count optimizer state that is missing altogether as a difference.
     """
     optimizers = optimizers_of(optim)
-    if optimizers and not stored.groups and not stored.slots:
-        problems.append("missing: the composite holds no optimizer state (it was committed without optim)")
+    if optimizers and not stored.groups:
+        # Layers of older commits may hold slots, but those of this commit's own step are missing.
+        if strict:
+            problems.append("missing: the composite holds no optimizer state (its commit was made without optim)")
         return
     if stored.groups and len(optimizers) != len(stored.groups):
         problems.append(f"optimizers: {len(optimizers)} passed, {len(stored.groups)} in the composite")
@@ -138,6 +165,10 @@ def plan_optim(
     for number, optimizer in enumerate(optimizers):
         groups = stored.groups[number] if stored.groups else []
         if isinstance(optimizer, torch.optim.Optimizer):
+            mine, theirs = type(optimizer).__qualname__, stored.classes[number] if stored.classes else None
+            if strict and theirs is not None and mine != theirs:
+                problems.append(f"optimizer {number}: it is a {mine}, the composite's was a {theirs}")
+                continue
             plan = _OptimizerPlan(optimizer, number, names, stored, filling, load)
             plan.match(groups, problems)
             shared = stored.shared[number] if stored.shared else None
@@ -180,7 +211,7 @@ class _OptimizerPlan:
                 if name is not None:
                     self._plan_param(name, param, group)
             if groups:
-                options = {key: value for key, value in groups[at].items() if key != "params"}
+                options = {key: _like(value, group.get(key)) for key, value in groups[at].items() if key != "params"}
                 self._filling.finish.append(partial(group.update, options))
 
     def _plan_param(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> None:
@@ -194,14 +225,14 @@ class _OptimizerPlan:
         for slot, value in slots.items():
             path = value.get("$array") if isinstance(value, dict) and len(value) == 1 else None
             if path is None:
-                device = _device_of(current.get(slot), param.device if on_device else torch.device("cpu"))
+                # Optimizers keep their step counter on the host unless told otherwise, and nothing else.
+                host = slot == "step" and not on_device
+                device = _device_of(current.get(slot), torch.device("cpu") if host else param.device)
                 self._filling.finish.append(self._scalar(fresh, slot, name, value, device))
                 continue
             known = self._stored.specs[name][path]
-            reused = _reusable(current.get(slot), known)
-            fresh[slot] = (
-                torch.empty(known.shape, dtype=DTYPES[known.dtype], device=param.device) if reused is None else reused
-            )
+            reused = _reusable(current.get(slot), known, param)
+            fresh[slot] = _new_slot(known, param) if reused is None else reused
             self._filling.slots.append((name, path, fresh[slot]))
         order = list(slots)
         self._filling.finish.append(
@@ -223,11 +254,25 @@ class _OptimizerPlan:
         return finish
 
 
-def _reusable(current: object, known: StoredTensor) -> torch.Tensor | None:
+def _reusable(current: object, known: StoredTensor, param: torch.Tensor) -> torch.Tensor | None:
     if type(current) is not torch.Tensor:
         return None
     fits = tuple(current.shape) == known.shape and current.dtype == DTYPES[known.dtype]
-    return current if fits else None
+    return current if fits and (current.shape != param.shape or current.stride() == param.stride()) else None
+
+
+def _new_slot(known: StoredTensor, param: torch.Tensor) -> torch.Tensor:
+    if known.shape == tuple(param.shape):
+        # Of the parameter's own strides (channels_last, …): fused optimizers walk both as flat memory.
+        return torch.empty_like(param, dtype=DTYPES[known.dtype], memory_format=torch.preserve_format).detach()
+    return torch.empty(known.shape, dtype=DTYPES[known.dtype], device=param.device)
+
+
+def _like(option: Any, current: object) -> Any:  # noqa: ANN401
+    """Return an option where the one that it replaces was: a learning rate may be a tensor on a device."""
+    if isinstance(option, torch.Tensor) and isinstance(current, torch.Tensor):
+        return option.to(current.device)
+    return option
 
 
 def _device_of(current: object, default: torch.device) -> torch.device:
@@ -287,6 +332,7 @@ def raise_mismatch(problems: list[str], what: str) -> None:
     more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     msg = (
         f"{what} does not fit the model or optimizer (nothing was changed):\n  {shown}{more}\n"
-        "Pass strict=False to restore what fits by name and shape."
+        "With strict=False, missing and unexpected names and other dtypes are passed over; shapes and parameter groups"
+        " must fit."
     )
     raise RestoreMismatchError(msg)
