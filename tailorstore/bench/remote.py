@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +19,6 @@ from tailorstore.storage.cloud import CloudObjects
 from tailorstore.storage.objects import Objects, open_objects
 
 _REQUESTS_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What one run took."""
-
-    seconds: float
-    cpu_seconds: float
 
 
 def measure(

@@ -56,11 +56,6 @@ def interleaved(runs: dict[str, Callable[[], float]], repeat: int) -> dict[str, 
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def percentile_95(values: Sequence[float]) -> float:
-    """Return the value that 95 of 100 measurements stay below."""
-    return statistics.quantiles(values, n=20)[-1]
-
-
 def show(rows: Sequence[Row], title: str, console: Console | None = None) -> None:
     """Print a table of rows."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)

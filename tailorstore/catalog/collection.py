@@ -20,7 +20,6 @@ from tailorstore.catalog.tables import (
     tags,
     versions,
 )
-from tailorstore.domain.names import layer_component
 from tailorstore.domain.records import Commit, Expired, LayerVersion
 from tailorstore.domain.retention import Inventory
 
@@ -256,8 +255,3 @@ class Collection(Scope):
                 bases.update(row.base_pk for row in dead if row.base_pk is not None)
             loose = loose | bases
         return count, freed
-
-
-def component_of(version: LayerVersion) -> tuple[str, str]:
-    """Return a version as :meth:`Collection.unknown_versions` names it."""
-    return layer_component(version.layer), version.version_id

@@ -13,7 +13,7 @@ from tailorstore.engine.contents import CompositeContents, paths_in, stored_tens
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
 from tailorstore.engine.read import read_arrays
-from tailorstore.engine.tensors.capture import Model, Optim
+from tailorstore.engine.tensors.capture import Model, Optim, model_tensors
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import (
     plan_model,
@@ -218,16 +218,18 @@ class Checkpoint:
         stored = {name: stored_tensor(array) for name, array in arrays.items()}
         stored |= {name: stored[target] for name, target in aliases.items() if target in stored}
         problems: list[str] = []
-        filling = plan_model(model, stored, problems, strict=strict)
+        # Once: a module may compute its extra state anew whenever it is asked.
+        tensors, states = model_tensors(model)
+        filling = plan_model(tensors, stored, problems, strict=strict)
         pairs = [(arrays[aliases.get(name, name)], target) for name, target in filling.model.items()]
 
         def load(name: str, path: str) -> "Tensor":
             return self._contents.loader(name)(path)
 
-        plan_states(model, self._contents.states(), load, problems, filling, strict=strict)
+        plan_states(model, states, self._contents.states(), load, problems, filling, strict=strict)
         if optim is not None:
             stored_slots = self._contents.stored_optim(documents, aliases)
-            plan_optim(model, optim, stored_slots, problems, filling, load, strict=strict)
+            plan_optim(tensors, optim, stored_slots, problems, filling, load, strict=strict)
             pairs += [
                 (self._contents.array(self._contents.layer_of(name), path), target)
                 for name, path, target in filling.slots

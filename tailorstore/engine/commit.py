@@ -71,14 +71,6 @@ class Prepared:
     head: Head | None
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A published commit and the head that it makes."""
-
-    commit: Commit
-    head: Head
-
-
 @dataclass(slots=True)
 class Committer:
     """Carries commits of one branch through; keeps what the next commit can reuse. One commit at a time."""

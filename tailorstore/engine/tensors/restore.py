@@ -1,6 +1,6 @@
 """Where stored values go: a model's tensors and an optimizer's slots, compared first, then filled in place."""
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from tailorstore.engine.tensors.capture import (
     Optim,
     OptimizerLike,
     find_aliases,
-    model_tensors,
     optimizers_of,
     unwrap,
     without_wrappers,
@@ -46,16 +45,17 @@ class Filling:
     """To be called in order after the last read: puts slots, options and scalars in place."""
 
 
-def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[str], *, strict: bool) -> Filling:
+def plan_model(
+    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], problems: list[str], *, strict: bool
+) -> Filling:
     """Match a model's tensors with stored ones by name.
 
     Args:
-        model: what is to be filled.
+        tensors: what is to be filled, by name.
         stored: every stored name, aliases included.
         problems: every difference is added here.
         strict: also count missing and unexpected names, and other dtypes, as differences.
     """
-    tensors, _ = model_tensors(model)
     filling = Filling()
     aliases = find_aliases(tensors)
     if strict:
@@ -88,6 +88,7 @@ def plan_model(model: Model, stored: Mapping[str, StoredTensor], problems: list[
 
 def plan_states(
     model: Model,
+    mine: Collection[str],
     states: Mapping[str, Any],
     load: Callable[[str, str], Any],
     problems: list[str],
@@ -95,11 +96,20 @@ def plan_states(
     *,
     strict: bool,
 ) -> None:
-    """Arrange for modules with ``set_extra_state`` to be given theirs back; arguments as for :func:`plan_model`."""
+    """Arrange for modules with ``set_extra_state`` to be given theirs back.
+
+    Args:
+        model: whose modules they are.
+        mine: names of the extra states that the model has now.
+        states: stored ones, packed, by name.
+        load: reads an array (state name, path).
+        problems: every difference is added here.
+        filling: what to do once all is read is added here.
+        strict: also count missing and unexpected names as differences.
+    """
     module = unwrap(model)
     if not isinstance(module, torch.nn.Module):
         return
-    _, mine = model_tensors(model)
     if strict:
         problems += [f"missing: extra state {name} is not in the composite" for name in mine if name not in states]
         problems += [f"unexpected: extra state {name} is not in the model" for name in states if name not in mine]
@@ -131,7 +141,7 @@ class StoredOptim:
 
 
 def plan_optim(
-    model: Model,
+    tensors: dict[str, torch.Tensor],
     optim: Optim,
     stored: StoredOptim,
     problems: list[str],
@@ -143,7 +153,7 @@ def plan_optim(
     """Match optimizers with stored ones, group by group and parameter by parameter.
 
     Args:
-        model: whose parameters the optimizers hold.
+        tensors: of the model whose parameters the optimizers hold, by name.
         optim: what was passed to ``restore``.
         stored: what the composite holds.
         problems: every difference is added here.
@@ -160,7 +170,6 @@ def plan_optim(
     if stored.groups and len(optimizers) != len(stored.groups):
         problems.append(f"optimizers: {len(optimizers)} passed, {len(stored.groups)} in the composite")
         return
-    tensors, _ = model_tensors(model)
     names = {id(tensor): stored.aliases.get(name, name) for name, tensor in reversed(tensors.items())}
     for number, optimizer in enumerate(optimizers):
         groups = stored.groups[number] if stored.groups else []
