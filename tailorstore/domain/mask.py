@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Protocol, runtime_checkable
 
 from tailorstore.domain.errors import MaskError
-from tailorstore.domain.records import EXTRA_LAYER, Fidelity
+from tailorstore.domain.records import EXTRA_LAYER, Fidelity, LayerMeasures
 
 _SHOWN = 10
 
@@ -21,13 +21,37 @@ class LayerState:
 
     name: str
     bytes_logical: int
+    """Size of its tensors."""
     source_step: int | None
     """Step of the newest version on the branch; ``None`` where there is none."""
+    fidelity: Fidelity | None = None
+    """Of that version."""
+    current_step: int | None = None
+    """The newest step at which that version is known to have been the layer: its source step, or, for a layer that
+    was found unchanged since, the step at which it was."""
+    commits_since: int = 0
+    """Commits on the branch after ``current_step``. Left out now, the layer will be one commit older than this."""
+    base_step: int | None = None
+    """Step of the newest full version: what a light version would be a difference to."""
+    base_commits_since: int = 0
+    """Commits on the branch after ``base_step``."""
+    error: float | None = None
+    """Relative error of the weights of the newest version, if that is a light one."""
+    due_full: bool = True
+    """Whether a light version is out of the question: there is no base, or it is too old, or errs too much."""
+    bytes_full: int = 0
+    """What a full version is expected to take in storage."""
+    bytes_light: int = 0
+    """What a light version is expected to take in storage."""
+    measures: LayerMeasures | None = None
+    """How the layer has moved since its newest version; ``None`` where nothing could be measured."""
+    importance: float | None = None
+    """Learned: the damage that is expected, by the next commit, of leaving the layer out; ``None`` until trusted."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskContext:
-    """What a strategy decides upon."""
+    """What a strategy decides upon. Equal contexts give equal masks."""
 
     branch: str
     step: int
@@ -35,6 +59,10 @@ class MaskContext:
     """Every layer of the model, in the model's order, ``@extra`` left out."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Layers that hold nothing but tied tensors → the layer that stores these; a mask may use either name."""
+    number: int = 0
+    """Which commit of the branch this is, counted from 0; goes on over restarts and garbage collection."""
+    seconds_since_commit: float | None = None
+    """Since the commit before, if this process made it."""
 
 
 @runtime_checkable
@@ -56,7 +84,7 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
     several globs the later one.
 
     Raises:
-        MaskError: an unknown layer, a glob that matches none, or a value that is none of True, "full", False.
+        MaskError: an unknown layer, a glob that matches none, or a value that is none of True, "full", "light", False.
     """
     if isinstance(mask, Strategy):
         mask = mask.select(context)
@@ -89,12 +117,11 @@ def _names(mask: object) -> list[str]:
 def _fidelity(name: str, value: object) -> Fidelity | None:
     if value is True or value == "full":
         return "full"
+    if value == "light":
+        return "light"
     if value is False:
         return None
-    if value == "light":
-        msg = f"mask asks for a light version of {name!r}; this version of tailorstore writes full versions only"
-        raise MaskError(msg)
-    msg = f"mask value of {name!r} is {value!r}; use True or 'full' to write the layer, False to leave it"
+    msg = f"mask value of {name!r} is {value!r}; use True or 'full' to write the layer, 'light', or False to leave it"
     raise MaskError(msg)
 
 

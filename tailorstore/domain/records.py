@@ -43,6 +43,28 @@ class LayerVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerMeasures:
+    """How one layer moves, as found just before a commit. Sizes are L2 norms over its parameters."""
+
+    drift: float | None
+    """Change of the weights since the layer's own last saved version."""
+    relative_drift: float | None
+    """The same over the norm of the weights."""
+    momentum: float | None
+    """The update that the optimizer is making at each step."""
+    gradient: float | None
+    """Running mean of the gradient's norm since the commit before."""
+    curvature: float | None
+    """Sum of second moment times squared change: estimates what reverting the layer to that version would cost."""
+    finite: bool = True
+    """Whether neither weights nor slots hold NaN or infinities, as far as was looked; figures are ``None`` if not."""
+
+
+MEASURES = ("drift", "relative_drift", "momentum", "gradient", "curvature")
+"""Names of the figures of :class:`LayerMeasures`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One published commit, as ``log`` shows it."""
 
@@ -85,6 +107,10 @@ class Composite:
     commit: Commit
     versions: Mapping[str, LayerVersion]
     """Every layer of the composite, ``@extra`` included, in sorted order."""
+    bases: Mapping[str, LayerVersion] = field(default_factory=dict)
+    """Layer → the full version that its light version is a difference to; only light layers."""
+    measures: Mapping[str, LayerMeasures] = field(default_factory=dict)
+    """Layer → what was measured when the commit was made, before it wrote."""
 
     @property
     def sources(self) -> dict[str, int]:
@@ -121,6 +147,10 @@ class CommitManifest:
     binding: Binding
     commit: Commit
     versions: Mapping[str, LayerVersion]
+    bases: Mapping[str, LayerVersion] = field(default_factory=dict)
+    """As :attr:`Composite.bases`."""
+    measures: Mapping[str, LayerMeasures] = field(default_factory=dict)
+    """As :attr:`Composite.measures`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +178,10 @@ class LayerInfo:
     bytes_stored: int
     versions: int
     """How many versions of the layer the store holds."""
+    base_step: int | None = None
+    """For a light version: the step of its base."""
+    error: float | None = None
+    """For a light version: the relative error of its weights."""
 
 
 @dataclass(frozen=True, slots=True)
