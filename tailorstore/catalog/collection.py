@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, update
 
-from tailorstore.catalog.scope import AnyRow, Scope, in_batches, to_commit
+from tailorstore.catalog.scope import IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
 from tailorstore.catalog.tables import (
     branches,
     commits,
@@ -16,15 +16,13 @@ from tailorstore.catalog.tables import (
     layers,
     leases,
     lines,
+    measures,
     pending,
     tags,
     versions,
 )
 from tailorstore.domain.records import Commit, Expired, LayerVersion
 from tailorstore.domain.retention import Inventory
-
-_IDS_TOGETHER = 50
-"""Version ids asked about at once; each may stand for several hundred layers."""
 
 
 class _PreviewOnlyError(Exception):
@@ -47,7 +45,7 @@ class Collection(Scope):
         return self._read(self._inventory)
 
     def expire(self, commit_ids: Iterable[str]) -> Expired:
-        """Drop commits from the catalog, and doom the versions that no remaining commit needs.
+        """Drop commits and their measures from the catalog, and doom the versions that no remaining commit needs.
 
         Never dropped, whatever is asked: the head of a branch, a tagged commit, one that a live lease covers, and
         the parent of a commit that is being written. A version stays alive while a composite holds it or a light
@@ -103,7 +101,7 @@ class Collection(Scope):
             named = {(keys[version.layer], version.version_id) for version in gone}
             dead: list[int] = []
             # By version id, of which the index is made; a list of pairs makes Postgres read the whole table.
-            for ids in in_batches(dict.fromkeys(version.version_id for version in gone), _IDS_TOGETHER):
+            for ids in in_batches(dict.fromkeys(version.version_id for version in gone), IDS_TOGETHER):
                 found = select(versions.c.pk, versions.c.layer_pk, versions.c.version_id).where(
                     versions.c.version_id.in_(ids), versions.c.doomed_at.is_not(None)
                 )
@@ -140,7 +138,7 @@ class Collection(Scope):
             return found
 
         asked = {(component, one) for one, components in wanted.items() for component in components}
-        for batch in in_batches(wanted, _IDS_TOGETHER):
+        for batch in in_batches(wanted, IDS_TOGETHER):
             asked -= self._read(lambda connection, ids=batch: known(connection, ids))  # type: ignore[misc]
         return asked
 
@@ -215,7 +213,8 @@ class Collection(Scope):
         for pks in in_batches(row.pk for row in rows):
             held = select(composites.c.version_pk).distinct().where(composites.c.commit_pk.in_(pks))
             loose.update(connection.scalars(held))
-            connection.execute(delete(composites).where(composites.c.commit_pk.in_(pks)))
+            for table in (composites, measures):
+                connection.execute(delete(table).where(table.c.commit_pk.in_(pks)))
             connection.execute(delete(commits).where(commits.c.pk.in_(pks)))
         doomed, freed = self._doom(connection, now, loose)
         expired = sorted((to_commit(row) for row in rows), key=lambda commit: (commit.step, commit.id))

@@ -1,10 +1,10 @@
 """Looking back: heads, logs, composites, layers and sizes. Nothing here changes anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
-from tailorstore.catalog.scope import AnyRow, Scope, to_commit
+from tailorstore.catalog.scope import COMMIT_COLUMNS, IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
 from tailorstore.catalog.tables import branches, commits, composites, layers, leases, tags, versions
 from tailorstore.domain.errors import RefNotFoundError
 from tailorstore.domain.records import Commit, Composite, LayerInfo, LayerVersion, StoreStats
@@ -29,19 +29,17 @@ class History(Scope):
         """
 
         def work(connection: Connection) -> list[AnyRow]:
-            found: list[AnyRow] = []
-            # Line by line, each by its index from the end: the cost is that of the commits shown.
-            for line_pk, bound in self._runs(connection, branch):
-                left = None if limit is None else limit - len(found)
-                if left == 0:
-                    break
-                run = self._commits().where(commits.c.line_pk == line_pk, commits.c.step <= bound)
-                found.extend(connection.execute(run.order_by(commits.c.step.desc()).limit(left)))
+            found = self._newest(connection, branch, COMMIT_COLUMNS, limit)
             if not found and limit != 0:
                 raise self._no_branch(connection, branch)
             return found
 
         return [to_commit(row) for row in self._read(work)]
+
+    def steps(self, branch: str, limit: int) -> list[int]:
+        """Return the steps of a branch's newest ``limit`` commits, newest first; none if it has no commits."""
+        found = self._read(lambda connection: self._newest(connection, branch, (commits.c.step,), limit))
+        return [row.step for row in found]
 
     def composite(self, commit_id: str) -> Composite:
         """Return a commit's full map.
@@ -88,6 +86,8 @@ class History(Scope):
                 bytes_logical=version.bytes_logical,
                 bytes_stored=version.bytes_stored,
                 versions=held.get(version.layer, 0),
+                base_step=composite.bases[version.layer].step if version.layer in composite.bases else None,
+                error=version.error,
             )
             for version in composite.versions.values()
         ]
@@ -127,16 +127,30 @@ class History(Scope):
         return self._read(work)
 
     def commits_holding(self, layer: str, version_id: str) -> list[Commit]:
-        """Return the commits whose composites hold a layer version, by step."""
-        held = (
-            self._commits()
-            .join(composites, composites.c.commit_pk == commits.c.pk)
-            .join(versions, versions.c.pk == composites.c.version_pk)
+        """Return the commits whose composites hold a layer version, or a light one of which it is the base, by step."""
+        named = (
+            select(versions.c.pk)
             .join(layers, layers.c.pk == versions.c.layer_pk)
             .where(versions.c.version_id == version_id, layers.c.store_pk == self._pk, layers.c.name == layer)
-            .order_by(commits.c.step, commits.c.pk)
         )
+        light = select(versions.c.pk).where(versions.c.base_pk == named.scalar_subquery())
+        holding = select(composites.c.commit_pk).where(composites.c.version_pk.in_(named.union_all(light)))
+        held = self._commits().where(commits.c.pk.in_(holding)).order_by(commits.c.step, commits.c.pk)
         return [to_commit(row) for row in self._read(lambda connection: connection.execute(held).all())]
+
+    def bases_of(self, light: Iterable[LayerVersion]) -> list[LayerVersion]:
+        """Return the bases of light versions, each once; those that are known no more are left out."""
+        needed = {(version.layer, version.base_id) for version in light if version.base_id is not None}
+        mine = select(layers.c.pk).where(layers.c.store_pk == self._pk)
+
+        def work(connection: Connection) -> list[LayerVersion]:
+            found: list[LayerVersion] = []
+            for ids in in_batches(sorted({base_id for _, base_id in needed}), IDS_TOGETHER):
+                named = self._versions().where(versions.c.version_id.in_(ids), versions.c.layer_pk.in_(mine))
+                found += self._to_versions(connection, connection.execute(named).all())
+            return [version for version in found if (version.layer, version.version_id) in needed]
+
+        return self._read(work) if needed else []
 
     def live_versions(self) -> Iterator[LayerVersion]:
         """Yield all layer versions that have not lost their standing, oldest first.

@@ -20,7 +20,7 @@ from tailorstore.domain.errors import (
 )
 from tailorstore.domain.names import new_id
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """Every revision this version knows, oldest first."""
 
 HEAD = REVISIONS[-1]

@@ -1,5 +1,6 @@
 """One store's rows: the transactions, queries and conversions that all its verbs share."""
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     CTE,
     BigInteger,
+    ColumnElement,
     Connection,
     CursorResult,
     Row,
@@ -38,7 +40,13 @@ MAX_STEP = 2**63 - 1
 BATCH = 500
 """Values in one ``IN``: few enough for every build of SQLite, enough that round trips do not count."""
 
-_COMMIT_COLUMNS = (
+IDS_TOGETHER = 50
+"""Version ids asked about at once; each may stand for several hundred layers."""
+
+ROWS_TOGETHER = 10_000
+"""Rows inserted by one statement."""
+
+COMMIT_COLUMNS = (
     commits.c.pk,
     commits.c.commit_id,
     commits.c.step,
@@ -144,13 +152,13 @@ class Scope:
     # --- Commits ------------------------------------------------------------------------------------------------
 
     def _commits(self) -> Select[Any]:
-        return select(*_COMMIT_COLUMNS).where(commits.c.store_pk == self._pk)
+        return select(*COMMIT_COLUMNS).where(commits.c.store_pk == self._pk)
 
     def _commit_row(self, connection: Connection, commit_id: str) -> AnyRow | None:
         return connection.execute(self._commits().where(commits.c.commit_id == commit_id)).first()
 
     def _head_row(self, connection: Connection, branch: str) -> AnyRow | None:
-        found = select(*_COMMIT_COLUMNS).join(branches, branches.c.head_pk == commits.c.pk)
+        found = select(*COMMIT_COLUMNS).join(branches, branches.c.head_pk == commits.c.pk)
         return connection.execute(found.where(branches.c.store_pk == self._pk, branches.c.name == branch)).first()
 
     def _chain(self, branch: str) -> CTE:
@@ -175,12 +183,26 @@ class Scope:
         found = connection.execute(select(chain.c.pk, chain.c.bound).order_by(chain.c.depth))
         return [(row.pk, row.bound) for row in found]
 
+    def _newest(
+        self, connection: Connection, branch: str, columns: Sequence[ColumnElement[Any]], limit: int | None
+    ) -> list[AnyRow]:
+        """Return columns of a branch's commits, newest first, and no more than ``limit``."""
+        found: list[AnyRow] = []
+        # Line by line, each by its index from the end: the cost is that of the commits returned.
+        for line_pk, bound in self._runs(connection, branch):
+            left = None if limit is None else limit - len(found)
+            if left == 0:
+                break
+            run = select(*columns).where(commits.c.line_pk == line_pk, commits.c.step <= bound)
+            found.extend(connection.execute(run.order_by(commits.c.step.desc()).limit(left)))
+        return found
+
     def _at_step(self, connection: Connection, branch: str, step: int) -> AnyRow | None:
         if not 0 <= step <= MAX_STEP:
             return None
         chain = self._chain(branch)
         on_chain = and_(commits.c.line_pk == chain.c.pk, commits.c.step == step, chain.c.bound >= step)
-        return connection.execute(select(*_COMMIT_COLUMNS).join(chain, on_chain)).first()
+        return connection.execute(select(*COMMIT_COLUMNS).join(chain, on_chain)).first()
 
     def _no_branch(self, connection: Connection, branch: str) -> BranchNotFoundError:
         known = connection.scalars(
@@ -206,6 +228,11 @@ class Scope:
         names = {row.pk: row.name for row in found}
         self._layer_names = names
         return names
+
+    def _names_of(self, connection: Connection, layer_pks: set[int]) -> dict[int, str]:
+        """Return names by key, of these layers at least."""
+        known = self._layer_names
+        return known if layer_pks <= known.keys() else self._load_layers(connection)
 
     def _layer_keys(self, connection: Connection, names: Iterable[str]) -> dict[str, int]:
         """Return the keys of layers, adding rows for new ones."""
@@ -234,16 +261,27 @@ class Scope:
         return select(*_VERSION_COLUMNS).outerjoin_from(versions, _bases, _bases.c.pk == versions.c.base_pk)
 
     def _to_versions(self, connection: Connection, rows: Sequence[AnyRow]) -> list[LayerVersion]:
-        names = self._layer_names
-        if any(row[0] not in names for row in rows):
-            names = self._load_layers(connection)
+        names = self._names_of(connection, {row[0] for row in rows})
         return [LayerVersion(names[row[0]], *row[1 : len(_VERSION_COLUMNS)]) for row in rows]
 
     def _composite(self, connection: Connection, row: AnyRow) -> Composite:
         held = self._versions().join(composites, composites.c.version_pk == versions.c.pk)
         found = connection.execute(held.where(composites.c.commit_pk == row.pk)).all()
-        ordered = sorted(self._to_versions(connection, found), key=lambda version: version.layer)
-        return Composite(to_commit(row), {version.layer: version for version in ordered})
+        by_layer = self._by_layer(connection, found)
+        light = any(version.fidelity == "light" for version in by_layer.values())
+        return Composite(to_commit(row), by_layer, self._bases_in(connection, row.pk) if light else {})
+
+    def _bases_in(self, connection: Connection, commit_pk: int) -> dict[str, LayerVersion]:
+        """Return the bases of a composite's light versions, by layer."""
+        light = versions.alias("light")
+        needed = select(light.c.base_pk).join(composites, composites.c.version_pk == light.c.pk)
+        wanted = versions.c.pk.in_(needed.where(composites.c.commit_pk == commit_pk))
+        return self._by_layer(connection, connection.execute(self._versions().where(wanted)).all())
+
+    def _by_layer(self, connection: Connection, rows: Sequence[AnyRow]) -> dict[str, LayerVersion]:
+        """Return layer versions, of which there is one of each layer, by layer in sorted order."""
+        ordered = sorted(self._to_versions(connection, rows), key=lambda version: version.layer)
+        return {version.layer: version for version in ordered}
 
 
 def to_commit(row: AnyRow) -> Commit:
@@ -280,6 +318,11 @@ def commit_row(commit: Commit, store_pk: int, line_pk: int) -> dict[str, Any]:
     }
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that both databases and every tool can hold: SQLite turns NaN into NULL by itself."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def version_row(version: LayerVersion, layer_pk: int, now: datetime, base_pk: int | None) -> dict[str, Any]:
     """Return a layer version as a row of ``versions``."""
     return {
@@ -289,7 +332,7 @@ def version_row(version: LayerVersion, layer_pk: int, now: datetime, base_pk: in
         "digest": version.digest,
         "fidelity": version.fidelity,
         "base_pk": base_pk,
-        "error": version.error,
+        "error": finite_or_none(version.error),
         "bytes_logical": version.bytes_logical,
         "bytes_stored": version.bytes_stored,
         "objects": version.objects,

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -27,6 +28,8 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 from sqlalchemy.types import TypeDecorator
+
+from tailorstore.domain.records import MEASURES
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -236,6 +239,18 @@ composites = Table(
     PrimaryKeyConstraint("commit_pk", "layer_pk"),
     comment="Every commit's full map, so that its ancestors may vanish.",
     # The rows are their own index: half the size, and one commit's map lies side by side.
+    sqlite_with_rowid=False,
+)
+
+measures = Table(
+    "measures",
+    metadata,
+    Column("commit_pk", ForeignKey(commits.c.pk), nullable=False),
+    Column("layer_pk", ForeignKey(layers.c.pk), nullable=False),
+    *(Column(name, Float(53)) for name in MEASURES),
+    Column("finite", Boolean, nullable=False),
+    PrimaryKeyConstraint("commit_pk", "layer_pk"),
+    comment="How each layer moved, as found just before a commit; NULL: unknown, or not a finite number.",
     sqlite_with_rowid=False,
 )
 

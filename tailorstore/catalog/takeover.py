@@ -7,7 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from tailorstore.catalog.scope import Scope, commit_row, in_batches, version_row
+from tailorstore.catalog.measuring import Measuring
+from tailorstore.catalog.scope import ROWS_TOGETHER, commit_row, in_batches, version_row
 from tailorstore.catalog.tables import (
     branches,
     commits,
@@ -15,6 +16,7 @@ from tailorstore.catalog.tables import (
     layers,
     leases,
     lines,
+    measures,
     pending,
     stores,
     tags,
@@ -22,8 +24,6 @@ from tailorstore.catalog.tables import (
 )
 from tailorstore.domain.errors import CorruptDocumentError, RefNotFoundError
 from tailorstore.domain.records import Commit, CommitManifest, LayerVersion
-
-_ROWS_TOGETHER = 10_000
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ def plan_lines(history: Sequence[Commit]) -> list[PlannedLine]:
     return planned
 
 
-class TakingOver(Scope):
+class TakingOver(Measuring):
     """The rebuilder's verb, called by ``Catalog.take_over``."""
 
     def _replace(
@@ -98,6 +98,7 @@ class TakingOver(Scope):
         commit_pks, line_of = self._add_history(connection, [manifest.commit for manifest in manifests])
         version_pks = self._add_versions_of(connection, manifests, now)
         self._add_maps(connection, manifests, commit_pks, version_pks)
+        self._add_measures(connection, {commit_pks[one.commit.id]: one.measures for one in manifests})
         by_id = {manifest.commit.id: manifest.commit for manifest in manifests}
         for kind, names in (("branch", heads), ("tag", fixed)):
             for name, commit_id in names.items():
@@ -122,7 +123,8 @@ class TakingOver(Scope):
         for table in (leases, pending, tags, branches):
             connection.execute(delete(table).where(table.c.store_pk == self._pk))
         mine = select(commits.c.pk).where(commits.c.store_pk == self._pk)
-        connection.execute(delete(composites).where(composites.c.commit_pk.in_(mine)))
+        for table in (composites, measures):
+            connection.execute(delete(table).where(table.c.commit_pk.in_(mine)))
         connection.execute(delete(commits).where(commits.c.store_pk == self._pk))
         # The layers' own rows stay: other processes may have their keys in memory.
         known = select(layers.c.pk).where(layers.c.store_pk == self._pk)
@@ -146,14 +148,14 @@ class TakingOver(Scope):
     def _add_versions_of(
         self, connection: Connection, manifests: Sequence[CommitManifest], now: datetime
     ) -> dict[tuple[int, str], int]:
-        """Insert each version once and return the keys by layer and version id."""
+        """Insert each version and each base once and return the keys by layer and version id."""
         distinct: dict[tuple[str, str], LayerVersion] = {}
         for manifest in manifests:
-            for version in manifest.versions.values():
+            # A base's own commit may be gone; whoever needs the base describes it.
+            for version in (*manifest.versions.values(), *manifest.bases.values()):
                 distinct.setdefault((version.layer, version.version_id), version)
         keys = self._layer_keys(connection, [layer for layer, _ in distinct])
-        # Full versions first: they are the bases.
-        full = (one for one in distinct.values() if one.base_id is None)
+        full = (one for one in distinct.values() if one.fidelity == "full")
         _insert_all(connection, versions, (version_row(one, keys[one.layer], now, None) for one in full))
         pks = self._version_keys(connection)
 
@@ -167,7 +169,7 @@ class TakingOver(Scope):
                 raise CorruptDocumentError(msg)
             return version_row(version, keys[version.layer], now, base)
 
-        light = [one for one in distinct.values() if one.base_id is not None]
+        light = [one for one in distinct.values() if one.fidelity == "light"]
         if light:
             _insert_all(connection, versions, map(light_row, light))
             pks = self._version_keys(connection)
@@ -209,5 +211,5 @@ def _steps_by_line(by_id: Mapping[str, Commit], line_of: Mapping[str, int]) -> d
 
 
 def _insert_all(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]) -> None:
-    for batch in in_batches(rows, _ROWS_TOGETHER):
+    for batch in in_batches(rows, ROWS_TOGETHER):
         connection.execute(insert(table), batch)

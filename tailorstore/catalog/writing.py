@@ -1,16 +1,18 @@
 """Writing a commit: announce it, keep its lease, publish it, or give it up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from types import MappingProxyType
 
 from sqlalchemy import Connection, delete, func, insert, literal, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from tailorstore.catalog.failures import is_duplicate
+from tailorstore.catalog.measuring import Measuring
 from tailorstore.catalog.scope import (
+    IDS_TOGETHER,
     MAX_STEP,
     AnyRow,
-    Scope,
     added_key,
     commit_row,
     in_batches,
@@ -27,10 +29,12 @@ from tailorstore.domain.errors import (
     TagExistsError,
 )
 from tailorstore.domain.names import check_name
-from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, LayerVersion
+from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, LayerMeasures, LayerVersion
+
+_NOTHING_MEASURED: Mapping[str, LayerMeasures] = MappingProxyType({})
 
 
-class Writing(Scope):
+class Writing(Measuring):
     """The writer's verbs."""
 
     def announce(self, commit_id: str, branch: str, step: int, lease: timedelta) -> Commit | None:
@@ -131,7 +135,12 @@ class Writing(Scope):
 
         self._database.write(work)
 
-    def publish(self, draft: CommitDraft, new_versions: Sequence[LayerVersion]) -> Commit:
+    def publish(
+        self,
+        draft: CommitDraft,
+        new_versions: Sequence[LayerVersion],
+        measures: Mapping[str, LayerMeasures] = _NOTHING_MEASURED,
+    ) -> Commit:
         """Make an announced commit visible, in one transaction: the commit point.
 
         Its composite is the parent's, overlaid by ``new_versions``. Publishing the same id again returns what was
@@ -139,13 +148,16 @@ class Writing(Scope):
 
         Args:
             draft: as announced.
-            new_versions: what this commit wrote, complete in storage; each has the draft's id as its version id.
+            new_versions: what this commit wrote, complete in storage; each has the draft's id as its version id. The
+                base of a light one is a full version of the same layer: if it is that of the parent's composite, or
+                its base, it lives as long as the claim does.
+            measures: of any layers, by name; numbers that are not finite are stored as unknown.
 
         Raises:
             HeadMovedError: the branch's head is not the draft's parent any more.
             LeaseExpiredError: GC voided the claim.
             StepOrderError: the step is not after the parent's.
-            InvalidInputError: a version has another id, or a light one's base is not alive.
+            InvalidInputError: a version has another id, a light one has no base that is alive, or a full one has one.
             RootTakenError: the store was taken over.
             AccessDeniedError: the catalog is read-only here.
             CatalogUnavailableError: the database does not answer.
@@ -154,9 +166,7 @@ class Writing(Scope):
         whole; publish it again to find out.
         """
         for version in new_versions:
-            if version.version_id != draft.id:
-                msg = f"version {version.version_id} of layer {version.layer!r} is not of commit {draft.id}"
-                raise InvalidInputError(msg)
+            _check_version(version, draft)
 
         def work(connection: Connection, now: datetime) -> Commit:
             published = self._commit_row(connection, draft.id)
@@ -171,6 +181,7 @@ class Writing(Scope):
             self._add_versions(connection, new_versions, now)
             parent_pk = None if branch is None else branch.head_pk
             self._add_composite(connection, commit_pk, parent_pk, draft.id)
+            self._add_measures(connection, {commit_pk: measures})
             self._move_head(connection, draft, branch, line_pk, commit_pk, now)
             return commit
 
@@ -209,30 +220,34 @@ class Writing(Scope):
         if not new_versions:
             return
         layer_pks = self._layer_keys(connection, [version.layer for version in new_versions])
+        light = [version for version in new_versions if version.fidelity == "light"]
+        base_pks = self._base_keys(connection, light, layer_pks)
         rows = [
-            version_row(version, layer_pks[version.layer], now, self._base_key(connection, version, layer_pks))
-            for version in new_versions
+            version_row(version, layer_pks[version.layer], now, base_pks.get(version.layer)) for version in new_versions
         ]
         connection.execute(insert(versions), rows)
 
-    def _base_key(self, connection: Connection, version: LayerVersion, layer_pks: dict[str, int]) -> int | None:
-        if version.base_id is None:
-            return None
-        base = connection.scalar(
-            select(versions.c.pk).where(
-                versions.c.version_id == version.base_id,
-                versions.c.layer_pk == layer_pks[version.layer],
-                versions.c.fidelity == "full",
-                versions.c.doomed_at.is_(None),
+    def _base_keys(
+        self, connection: Connection, light: Sequence[LayerVersion], layer_pks: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return the keys of light versions' bases by layer. Expiry waits for this transaction, so they stay alive."""
+        found: dict[tuple[int, str], int] = {}
+        for ids in in_batches(dict.fromkeys(version.base_id for version in light), IDS_TOGETHER):
+            alive = select(versions.c.pk, versions.c.layer_pk, versions.c.version_id).where(
+                versions.c.version_id.in_(ids), versions.c.fidelity == "full", versions.c.doomed_at.is_(None)
             )
-        )
-        if base is None:
-            msg = (
-                f"layer {version.layer!r} of commit {version.version_id} is a light version and its base "
-                f"{version.base_id} is not a full version that is alive"
-            )
-            raise InvalidInputError(msg)
-        return int(base)
+            found.update({(row.layer_pk, row.version_id): row.pk for row in connection.execute(alive)})
+        base_pks: dict[str, int] = {}
+        for version in light:
+            base_pk = found.get((layer_pks[version.layer], version.base_id or ""))
+            if base_pk is None:
+                msg = (
+                    f"layer {version.layer!r} of commit {version.version_id} is a light version and its base "
+                    f"{version.base_id} is not a full version that is alive; write the layer in full"
+                )
+                raise InvalidInputError(msg)
+            base_pks[version.layer] = base_pk
+        return base_pks
 
     def _add_composite(self, connection: Connection, commit_pk: int, parent_pk: int | None, commit_id: str) -> None:
         mine = select(layers.c.pk).where(layers.c.store_pk == self._pk)
@@ -301,6 +316,16 @@ class Writing(Scope):
                 "move=True)"
             )
         return StepOrderError(f"step {step} is not after step {head_step}, the head of branch {branch!r}; {ways}")
+
+
+def _check_version(version: LayerVersion, draft: CommitDraft) -> None:
+    if version.version_id != draft.id:
+        msg = f"version {version.version_id} of layer {version.layer!r} is not of commit {draft.id}"
+        raise InvalidInputError(msg)
+    if (version.fidelity == "light") != (version.base_id is not None):
+        has = "no base" if version.base_id is None else f"the base {version.base_id}"
+        msg = f"layer {version.layer!r} of commit {draft.id} is a {version.fidelity} version with {has}"
+        raise InvalidInputError(msg)
 
 
 def _finished(draft: CommitDraft, new_versions: Sequence[LayerVersion], now: datetime) -> Commit:

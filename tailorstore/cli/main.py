@@ -18,7 +18,7 @@ from tailorstore.cli.settings import Settings, common_options, first_line, setti
 from tailorstore.domain.errors import TailorError
 
 SECTIONS = (
-    ("Begin", ("init", "demo", "bench")),
+    ("Begin", ("init", "demo", "bench", "study")),
     ("Look", ("log", "show", "diff", "checkout", "stats")),
     ("Name", ("tag", "branch")),
     ("Keep in order", ("gc", "verify", "rebuild", "upgrade")),

@@ -18,7 +18,7 @@ def load_text() -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: this Python came without the sources of its library.
     """
-    documents = [path.read_bytes() for path in _sources()]
+    documents = [path.read_bytes() for path in library_sources()]
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     documents += [topics[name].encode() for name in sorted(topics)]
     # Whole documents are held out, so that nothing of them has been seen in training.
@@ -30,7 +30,8 @@ def load_text() -> tuple[Tensor, Tensor]:
     return _as_tensor(train), _as_tensor(held_out)
 
 
-def _sources() -> list[Path]:
+def library_sources() -> list[Path]:
+    """Return the files of the standard library, sorted; tests and what others installed are left out."""
     library = Path(sysconfig.get_paths()["stdlib"])
     return sorted(path for path in library.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(library).parts))
 

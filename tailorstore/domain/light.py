@@ -1,7 +1,9 @@
 """Settings of light versions: quantised differences to a full version (DESIGN.md, "Light versions")."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from tailorstore.domain.errors import InvalidInputError
 
@@ -21,11 +23,11 @@ class LightSettings:
     """The same for optimizer slots, for all or by name; ``"*"`` stands for those that are not named."""
     block: int = 128
     """Elements that share a scale; a power of two from 16 to 4096."""
-    max_weight_error: float = 0.02
+    max_weight_error: float = 0.1
     """Greatest relative L2 error of a parameter or buffer; one that errs more is stored exactly."""
     max_slot_error: float = 0.5
     """The same for slots."""
-    due_error: float = 0.01
+    due_error: float = 0.05
     """A layer whose light version's weights err more than this is due in full at the next commit that writes it."""
     max_base_commits: int | None = 200
     """A layer whose newest full version is older than this many commits is due in full."""
@@ -67,3 +69,60 @@ class LightSettings:
         if isinstance(self.slot_bits, int):
             return self.slot_bits
         return self.slot_bits.get(slot, self.slot_bits.get(ANY_SLOT, 4))
+
+
+Coding = Literal["exact", "difference", "value", "ratio", "log", "rounded"]
+"""How a tensor stands in a light version:
+
+| coding | an element is |
+|---|---|
+| ``exact`` | itself |
+| ``difference`` | that of the base plus scale × code |
+| ``value`` | scale × code |
+| ``ratio`` | that of the base times a power of two with fraction; never zero unless it was |
+| ``log`` | a power of two with fraction; never zero unless it was |
+| ``rounded`` | the rounding of another tensor's: 16-bit weights of which an optimizer keeps the master |
+"""
+
+CODINGS: tuple[Coding, ...] = get_args(Coding)
+BASED: tuple[Coding, ...] = ("difference", "ratio")
+"""Codings that need the base's elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class LightTensor:
+    """Where one tensor stands in a light version, and how."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    coding: Coding
+    bits: int = 0
+    """Bits per element of its codes."""
+    codes_at: int = 0
+    """Index of its first byte in the version's ``codes``, or, if exact, in its ``exact``."""
+    scales_at: int = 0
+    """Index of its first word in the version's ``scales``."""
+    of: str | None = None
+    """If rounded: array path of the tensor that it is the rounding of."""
+    error: float = 0.0
+    """Measured relative error: of the tensor's L2 norm, or, coded as ratio or log, root mean square over elements."""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LightTable:
+    """What a light version's arrays ``codes``, ``scales`` and ``exact`` mean."""
+
+    block: int
+    """Elements that share a scale."""
+    tensors: Mapping[str, LightTensor]
+    """By the path that the tensor's array has in a full version."""
+
+    def needs_base(self, path: str) -> bool:
+        """Whether elements of the base are needed to restore a tensor."""
+        tensor = self.tensors[path]
+        return tensor.coding in BASED or (tensor.of is not None and self.needs_base(tensor.of))

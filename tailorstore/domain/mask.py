@@ -81,7 +81,7 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
     """Return the layers to write and how.
 
     ``None`` means all. Names and globs may be mixed; in a mapping an exact name counts more than a glob, and of
-    several globs the later one.
+    several globs the later one. A layer that is due in full is written in full where a light version is asked for.
 
     Raises:
         MaskError: an unknown layer, a glob that matches none, or a value that is none of True, "full", "light", False.
@@ -99,7 +99,11 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
         fidelity = _fidelity(name, value)
         for layer in _matches(name, context):
             chosen[layer] = fidelity
-    return {layer: fidelity for layer in context.layers if (fidelity := chosen.get(layer)) is not None}
+    return {
+        name: "full" if state.due_full else fidelity
+        for name, state in context.layers.items()
+        if (fidelity := chosen.get(name)) is not None
+    }
 
 
 def _names(mask: object) -> list[str]:

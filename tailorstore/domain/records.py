@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from tailorstore.domain.light import LightTable
+
 Fidelity = Literal["full", "light"]
 
 EXTRA_LAYER = "@extra"
@@ -282,7 +284,7 @@ class Damage:
     key: str
     detail: str
     commits: tuple[str, ...] = ()
-    """Ids of the commits whose composites hold it."""
+    """Ids of the commits whose composites hold it, or a light version that needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,3 +357,14 @@ class LayerDocument:
     base_id: str | None = None
     documents: Mapping[str, str] = field(default_factory=dict)
     """Key below the prefix → digest, of every other metadata document of the version: what Zarr readers read."""
+    light: LightTable | None = None
+    """For a light version: where its tensors stand in its arrays."""
+    error: float | None = None
+    """For a light version: relative L2 error of its weights."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Array path → dtype and shape of every tensor of the layer, however it is stored."""
+        if self.light is not None:
+            return {path: (tensor.dtype, tensor.shape) for path, tensor in self.light.tensors.items()}
+        return {path: (record.spec.dtype, record.spec.shape) for path, record in self.arrays.items()}

@@ -12,7 +12,7 @@ from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity,
 from tailorstore.engine.contents import CompositeContents, paths_in, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
-from tailorstore.engine.read import read_arrays
+from tailorstore.engine.light.decode import read_tensors
 from tailorstore.engine.tensors.capture import Model, Optim, model_tensors
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import (
@@ -236,7 +236,7 @@ class Checkpoint:
             ]
         raise_mismatch(problems, f"the composite of step {self.step} on {self.commit.branch!r}")
         extra = self._contents.extra_content()
-        read_arrays(self._objects, pairs)
+        read_tensors(self._objects, pairs)
         for finish in filling.finish:
             finish()
         if rng and "rng" in extra:

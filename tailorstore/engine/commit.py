@@ -12,6 +12,7 @@ from typing import Any
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
+from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import Mask
 from tailorstore.domain.names import new_id
 from tailorstore.domain.records import (
@@ -24,21 +25,26 @@ from tailorstore.domain.records import (
     LayerDocument,
     LayerVersion,
 )
+from tailorstore.engine.contents import CompositeContents
 from tailorstore.engine.leases import LeaseKeeper
-from tailorstore.engine.plan import Layout, PlannedLayer, due_layers, plan_layer
+from tailorstore.engine.light.bases import BaseCache
+from tailorstore.engine.plan import Layout, LightPlan, PlannedLayer, due_layers, plan_layer
 from tailorstore.engine.read import load_documents
+from tailorstore.engine.selection import STATE, Decision, Selector
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, Model, Optim, capture
-from tailorstore.engine.tensors.memory import wait_for_devices
+from tailorstore.engine.tensors.memory import Tensor, wait_for_devices
 from tailorstore.engine.tensors.packing import Packer
 from tailorstore.engine.tensors.rng import rng_states
 from tailorstore.engine.tensors.staging import HostArena
-from tailorstore.engine.write import Written, write_layers
+from tailorstore.engine.write import Destination, Written, write_layers
 from tailorstore.storage.manifests import read_binding, write_manifest
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
 
 _ANNOUNCE_ATTEMPTS = 5
+_HISTORY = 10_000
+"""Commits of a branch that ages are counted in; what is older counts as this old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,15 @@ class Head:
 
     composite: Composite
     documents: Mapping[str, LayerDocument]
+    base_documents: Mapping[str, LayerDocument]
+    """Of the bases of light versions."""
+
+    def base_of(self, layer: str) -> tuple[LayerVersion, LayerDocument]:
+        """Return the newest full version of a layer, and its document."""
+        version = self.composite.versions[layer]
+        if version.fidelity == "full":
+            return version, self.documents[layer]
+        return self.composite.bases[layer], self.base_documents[layer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,7 @@ class Prepared:
     draft: CommitDraft
     layers: tuple[LayerCapture, ...]
     head: Head | None
+    decision: Decision
 
 
 @dataclass(slots=True)
@@ -82,8 +98,27 @@ class Committer:
     layout: Layout
     rule: Any
     branch: str
+    light: LightSettings
+    selector: Selector = field(init=False)
+    bases: BaseCache = field(default_factory=BaseCache)
     arena: HostArena = field(default_factory=HostArena)
     head: Head | None = None
+
+    def __post_init__(self) -> None:
+        """Begin to look at the branch's layers."""
+        self.selector = Selector(self.light, self._steps, self._read_weights)
+
+    def close(self) -> None:
+        """Give host memory back."""
+        self.arena.release()
+        self.bases.clear()
+
+    def _steps(self) -> list[int]:
+        return self.catalog.steps(self.branch, _HISTORY)
+
+    def _read_weights(self, composite: Composite, layers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        contents = CompositeContents(composite, self.objects, self.head.documents if self.head else None)
+        return {layer: contents.weights(layer) for layer in layers}
 
     def prepare(self, request: Request, *, staged: bool) -> Prepared:
         """Decide what to write and announce it; copy it to the host if ``staged``.
@@ -95,8 +130,9 @@ class Committer:
         captured = capture(request.model, request.optim, self.rule)
         extra = _capture_extra(captured, request.extra)
         commit_id = new_id()
-        head, due = self._announce(commit_id, request, captured)
-        layers = [*(captured.layers[name] for name in due), extra]
+        head, decision = self._announce(commit_id, request, captured)
+        extra.content[STATE] = decision.state
+        layers = [*(captured.layers[name] for name in decision.due), extra]
         if not staged:
             wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
         else:
@@ -115,7 +151,7 @@ class Committer:
             metrics=request.metrics,
             bytes_logical=logical,
         )
-        return Prepared(draft, tuple(layers), head)
+        return Prepared(draft, tuple(layers), head, decision)
 
     def carry_out(self, prepared: Prepared) -> Commit:
         """Write, seal and publish an announced commit.
@@ -130,7 +166,9 @@ class Committer:
         try:
             # Looked at twice: here so that a lost root costs nothing, and again when all is written, which counts.
             check_binding(self.objects, self.binding)
-            write_layers(self.objects, prepared.draft.id, prepared.draft.step, self._plan(prepared), written)
+            draft = prepared.draft
+            destination = Destination(self.objects, draft.id, draft.step, self.layout, self.bases, written)
+            write_layers(destination, self._plan(prepared))
             manifest = self._manifest(prepared, written)
         except BaseException:
             self._discard(prepared.draft.id, written)
@@ -141,7 +179,7 @@ class Committer:
             write_manifest(self.objects, manifest)
             check_binding(self.objects, self.binding)
             versions = [sealed.version for sealed in written.sealed.values()]
-            commit = self.catalog.publish(prepared.draft, versions)
+            commit = self.catalog.publish(prepared.draft, versions, prepared.decision.measures)
         except BaseException:
             self._abandon(prepared.draft.id)
             self.head = None
@@ -149,8 +187,10 @@ class Committer:
         self.keeper.forget(prepared.draft.id)
         documents = dict(prepared.head.documents) if prepared.head else {}
         documents |= {name: sealed.document for name, sealed in written.sealed.items()}
-        composite = Composite(commit, manifest.versions)
-        self.head = Head(composite, documents)
+        composite = Composite(commit, manifest.versions, manifest.bases, manifest.measures)
+        base_documents = {name: prepared.head.base_of(name)[1] for name in manifest.bases} if prepared.head else {}
+        self.head = Head(composite, documents, base_documents)
+        self.selector.published(prepared.decision, commit, written.unchanged)
         return commit
 
     def current_head(self, commit: Commit | None) -> Head | None:
@@ -161,26 +201,26 @@ class Committer:
             return self.head
         composite = self.catalog.composite(commit.id)
         known = self.head.documents if self.head else None
-        self.head = Head(composite, load_documents(self.objects, composite.versions.values(), known))
+        known_bases = self.head.base_documents if self.head else None
+        self.head = Head(
+            composite,
+            load_documents(self.objects, composite.versions.values(), known),
+            load_documents(self.objects, composite.bases.values(), known_bases),
+        )
         return self.head
 
-    def _announce(self, commit_id: str, request: Request, captured: Capture) -> tuple[Head | None, list[str]]:
+    def _announce(self, commit_id: str, request: Request, captured: Capture) -> tuple[Head | None, Decision]:
         """Check the request against the head and announce it on that head."""
         for _ in range(_ANNOUNCE_ATTEMPTS):
             seen = self.catalog.head(self.branch)
             head = self.current_head(seen)
-            due = due_layers(
-                captured,
-                request.mask,
-                branch=self.branch,
-                step=request.step,
-                head=head.composite if head else None,
-                documents=head.documents if head else {},
-            )
+            composite, documents = (head.composite, head.documents) if head else (None, {})
+            outlook = self.selector.look(captured, self.branch, request.step, composite, documents)
+            due = due_layers(captured, request.mask, outlook.context, head=composite, documents=documents)
             announced = self.catalog.announce(commit_id, self.branch, request.step, self.keeper.lease)
             if (announced.id if announced else None) == (seen.id if seen else None):
                 self.keeper.hold(commit_id)
-                return head, due
+                return head, self.selector.decide(outlook, captured, due)
             # Another process published between the two looks: decide again, on its head.
             self.catalog.abandon(commit_id)
         msg = (
@@ -189,18 +229,34 @@ class Committer:
         raise HeadMovedError(msg)
 
     def _plan(self, prepared: Prepared) -> list[PlannedLayer]:
-        known = prepared.head.documents if prepared.head else {}
+        head = prepared.head
         # What every commit writes is not compared: it is a few kilobytes, and always of the commit's own step.
+        stored = {name: document for name, document in head.documents.items() if name != EXTRA_LAYER} if head else {}
+        planned = [plan_layer(layer, self.layout, stored.get(layer.name)) for layer in prepared.layers]
+        due = prepared.decision.due
         return [
-            plan_layer(layer, self.layout, known.get(layer.name) if layer.name != EXTRA_LAYER else None)
-            for layer in prepared.layers
+            replace(one, light=self._light_plan(head, one.capture.name))
+            if head and due.get(one.capture.name) == "light"
+            else one
+            for one in planned
         ]
+
+    def _light_plan(self, head: Head, layer: str) -> LightPlan:
+        base, document = head.base_of(layer)
+        stored = head.documents[layer]
+        previous = stored if stored.fidelity == "light" and stored.base_id == base.version_id else None
+        return LightPlan(base, document, previous, self.selector.settings)
 
     def _manifest(self, prepared: Prepared, written: Written) -> CommitManifest:
         draft = prepared.draft
         fresh = {name: sealed.version for name, sealed in written.sealed.items()}
         versions: dict[str, LayerVersion] = dict(prepared.head.composite.versions) if prepared.head else {}
         versions |= fresh
+        bases = {
+            name: prepared.head.base_of(name)[0]
+            for name, version in sorted(versions.items())
+            if version.fidelity == "light" and prepared.head
+        }
         commit = Commit(
             id=draft.id,
             step=draft.step,
@@ -213,7 +269,8 @@ class Committer:
             bytes_written=sum(version.bytes_stored for version in fresh.values()),
             bytes_logical=draft.bytes_logical,
         )
-        return CommitManifest(self.binding, commit, dict(sorted(versions.items())))
+        measures = prepared.decision.measures
+        return CommitManifest(self.binding, commit, dict(sorted(versions.items())), bases, measures)
 
     def _abandon(self, commit_id: str) -> None:
         self.keeper.forget(commit_id)

@@ -6,7 +6,9 @@ from typing import Any
 
 from tailorstore.domain.errors import ClosedError, LayerNotFoundError
 from tailorstore.domain.records import EXTRA_LAYER, Composite, LayerDocument
-from tailorstore.engine.read import StoredArray, load_documents, read_array, read_arrays
+from tailorstore.engine.light.decode import read_tensor, read_tensors
+from tailorstore.engine.light.sources import Source, source_of
+from tailorstore.engine.read import load_documents
 from tailorstore.engine.tensors.lazy import LazyTensor
 from tailorstore.engine.tensors.memory import DTYPES, Tensor, empty_host, scalar_from_hex
 from tailorstore.engine.tensors.packing import unpack
@@ -25,6 +27,7 @@ class CompositeContents:
         self._closed = False
         self._lock = threading.Lock()
         self._documents: dict[str, LayerDocument] | None = None
+        self._bases: dict[str, LayerDocument] = {}
         self._owners: dict[str, str] | None = None
 
     def close(self) -> None:
@@ -43,17 +46,19 @@ class CompositeContents:
             raise ClosedError(msg)
         with self._lock:
             if self._documents is None:
+                self._bases = load_documents(self._objects, self._composite.bases.values())
                 self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
             return self._documents
 
-    def array(self, layer: str, path: str) -> StoredArray:
-        """Return one array of a layer."""
+    def array(self, layer: str, path: str) -> Source:
+        """Return where one tensor of a layer is."""
         document = self.documents()[layer]
-        return StoredArray(self._composite.versions[layer], document.arrays[path])
+        base = (self._composite.bases[layer], self._bases[layer]) if layer in self._bases else None
+        return source_of(self._composite.versions[layer], document, path, base)
 
-    def model_arrays(self) -> tuple[dict[str, StoredArray], dict[str, str]]:
-        """Return tensor name → array, and tied name → the name it is stored under."""
-        arrays: dict[str, StoredArray] = {}
+    def model_arrays(self) -> tuple[dict[str, Source], dict[str, str]]:
+        """Return tensor name → where it is, and tied name → the name it is stored under."""
+        arrays: dict[str, Source] = {}
         aliases: dict[str, str] = {}
         for layer, document in self.layer_documents():
             for kind in ("params", "buffers"):
@@ -123,27 +128,31 @@ class CompositeContents:
 
     def extra_loader(self) -> Callable[[str], Tensor]:
         """Return what reads an array of ``@extra``."""
-        return lambda path: read_array(self._objects, self.array(EXTRA_LAYER, path))
+        return lambda path: read_tensor(self._objects, self.array(EXTRA_LAYER, path))
 
     def loader(self, name: str) -> Callable[[str], Tensor]:
         """Return what reads an array of the layer that stores a tensor."""
-        return lambda path: read_array(self._objects, self.array(self.layer_of(name), path))
+        return lambda path: read_tensor(self._objects, self.array(self.layer_of(name), path))
 
-    def read_many(self, arrays: Mapping[Any, StoredArray]) -> dict[Any, Tensor]:
-        """Read whole arrays into new host tensors, in parallel."""
-        targets = {key: empty_host(array.record.spec.shape, array.record.spec.dtype) for key, array in arrays.items()}
-        read_arrays(self._objects, [(array, targets[key]) for key, array in arrays.items()])
+    def read_many(self, arrays: Mapping[Any, Source]) -> dict[Any, Tensor]:
+        """Read whole tensors into new host memory, in parallel."""
+        targets = {key: empty_host(array.shape, array.dtype) for key, array in arrays.items()}
+        read_tensors(self._objects, [(array, targets[key]) for key, array in arrays.items()])
         return targets
 
-    def _lazy(self, array: StoredArray) -> LazyTensor:
-        spec = array.record.spec
+    def weights(self, layer: str) -> dict[str, Tensor]:
+        """Read a layer's parameters into new host memory, by name."""
+        held = self.documents()[layer].content["params"]
+        return self.read_many({name: self.array(layer, value["$array"]) for name, value in held.items()})
+
+    def _lazy(self, array: Source) -> LazyTensor:
         objects = self._objects
         return LazyTensor(
-            spec.shape,
-            DTYPES[spec.dtype],
+            array.shape,
+            DTYPES[array.dtype],
             array.version.layer,
             array.version.step,
-            lambda box: read_array(objects, array, box),
+            lambda box: read_tensor(objects, array, box),
         )
 
     def model_entries(self) -> Mapping[str, LazyTensor]:
@@ -167,9 +176,9 @@ class CompositeContents:
         return unpack(value, lambda path: self._lazy(self.array(layer, path)))
 
 
-def stored_tensor(array: StoredArray) -> StoredTensor:
-    """Return what a comparison needs to know of an array."""
-    return StoredTensor(array.record.spec.shape, array.record.spec.dtype, array.record.digests)
+def stored_tensor(array: Source) -> StoredTensor:
+    """Return what a comparison needs to know of a stored tensor."""
+    return StoredTensor(array.shape, array.dtype, array.digests)
 
 
 def paths_in(value: Any) -> list[str]:  # noqa: ANN401

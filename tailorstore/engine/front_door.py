@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.light import LightSettings
 from tailorstore.domain.names import DEFAULT_BRANCH, LayerRule, check_name, layer_rule
 from tailorstore.domain.records import DEFAULT_LEASE
 from tailorstore.engine.opening import default_catalog, open_root
@@ -32,6 +33,7 @@ def open_store(
     codec: Literal["none", "lz4", "zstd"] = "none",
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     lease: timedelta = DEFAULT_LEASE,
+    light: LightSettings | None = None,
 ) -> Store:
     """Open the store at a URL, making it if there is none.
 
@@ -48,6 +50,7 @@ def open_store(
         codec: ``"none"``, ``"lz4"`` or ``"zstd"``: lossless; worth it where storage is slower than about 1 GB/s.
         chunk_bytes: largest chunk, at least 1024.
         lease: how long a commit or reader that died keeps GC away from what it held.
+        light: how light versions are made, and when a layer is due in full; ``None`` for the defaults.
 
     Raises:
         StoreNotFoundError: there is no store and ``create`` is false.
@@ -72,6 +75,9 @@ def open_store(
     if storage_options is not None and not isinstance(storage_options, Mapping):
         msg = f"storage_options must map names to values, not be a {type(storage_options).__name__}"
         raise InvalidInputError(msg)
+    if light is not None and not isinstance(light, LightSettings):
+        msg = f"light must be LightSettings(…), not {light!r}"
+        raise InvalidInputError(msg)
     rule = layers if callable(layers) else layer_rule(layers)
     objects = open_objects(normalise_url(url), storage_options, transport)
     catalog_url = catalog or default_catalog(printable_url(normalise_url(url)))
@@ -81,4 +87,5 @@ def open_store(
         objects.close()
         raise
     session = Session(objects, opened, catalog_url, lease)
-    return Store(session, branch=branch, rule=rule, layout=Layout(chunk_bytes, codec))
+    layout = Layout(chunk_bytes, codec)
+    return Store(session, branch=branch, rule=rule, layout=layout, light=light or LightSettings())

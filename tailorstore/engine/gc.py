@@ -194,7 +194,7 @@ class _Sweep:
         return listing
 
     def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> set[tuple[str, str]]:
-        """Delete manifests of commits that are not published; return the versions that those that stay refer to."""
+        """Delete manifests of commits that are not published; return the versions that those that stay need."""
         unknown = self._catalog.unknown_commits(list(listing.manifests), as_if_voided=self._dry_run)
         going = [i for i in unknown if i in expired or self._old_enough(listing.manifests[i])]
         # Of expired commits it is the layers that are counted: a dry run could not tell what else will go.
@@ -208,8 +208,9 @@ class _Sweep:
         for commit_id in staying:
             # One that cannot be read makes no catalog believe in anything.
             with suppress(MissingObjectError, CorruptDocumentError, FormatTooNewError):
-                versions = read_manifest(self._objects, commit_id).versions.values()
-                held |= {(layer_component(version.layer), version.version_id) for version in versions}
+                manifest = read_manifest(self._objects, commit_id)
+                needed = [*manifest.versions.values(), *manifest.bases.values()]
+                held |= {(layer_component(version.layer), version.version_id) for version in needed}
         return held
 
     def _sweep_doomed(self, doomed: dict[tuple[str, str], LayerVersion], listing: _Listing) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
 from tailorstore.domain.errors import InvalidInputError, ModelMismatchError
-from tailorstore.domain.mask import LayerState, Mask, MaskContext, resolve_mask
-from tailorstore.domain.records import EXTRA_LAYER, ArraySpec, Composite, LayerDocument
+from tailorstore.domain.light import LightSettings
+from tailorstore.domain.mask import Mask, MaskContext, resolve_mask
+from tailorstore.domain.records import EXTRA_LAYER, ArraySpec, Composite, Fidelity, LayerDocument, LayerVersion
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.memory import dtype_name
 from tailorstore.storage.documents import choose_chunks
@@ -30,6 +31,18 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class LightPlan:
+    """How a layer is to be written light."""
+
+    base: LayerVersion
+    document: LayerDocument
+    """Of the base."""
+    previous: LayerDocument | None
+    """Of the branch's version of the layer, if that is a light one on the same base."""
+    settings: LightSettings
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedLayer:
     """One layer that a commit is to write, or to find unchanged."""
 
@@ -37,6 +50,8 @@ class PlannedLayer:
     specs: dict[str, ArraySpec]
     known: LayerDocument | None
     """The version of the layer that the branch has, where it could be equal to what is to be written."""
+    light: LightPlan | None = None
+    """``None``: to be written in full."""
 
 
 def check_step(step: object) -> int:
@@ -82,35 +97,32 @@ def check_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, floa
 def due_layers(
     capture: Capture,
     mask: Mask,
+    context: MaskContext,
     *,
-    branch: str,
-    step: int,
     head: Composite | None,
     documents: Mapping[str, LayerDocument],
-) -> list[str]:
-    """Return the layers to write: those that the mask names, and those that the branch does not have as they are.
+) -> dict[str, Fidelity]:
+    """Return the layers to write, and how: what the mask names, and what the branch does not have as it is.
 
     Args:
         capture: the live state.
         mask: the caller's.
-        branch: to commit on.
-        step: to commit at.
+        context: what the mask is decided upon.
         head: the branch's newest composite; ``None`` before its first commit.
         documents: of every layer of ``head``.
 
     Raises:
-        MaskError: the mask names an unknown layer.
+        MaskError: the mask names an unknown layer, or asks for what cannot be.
         ModelMismatchError: the model's tensors or shapes are not those of the branch.
     """
-    sources = head.sources if head else {}
-    states = {name: LayerState(name, layer.nbytes, sources.get(name)) for name, layer in capture.layers.items()}
-    context = MaskContext(branch=branch, step=step, layers=states, tied=capture.tied)
     chosen = resolve_mask(mask, context)
     if head is None:
-        return list(capture.layers)
+        return dict.fromkeys(capture.layers, "full")
     stored = {name: document for name, document in documents.items() if name != EXTRA_LAYER}
-    check_same_model(capture, stored, branch=branch, head=head)
-    return [name for name, layer in capture.layers.items() if name in chosen or _has_new_kind(layer, stored[name])]
+    check_same_model(capture, stored, branch=context.branch, head=head)
+    new_kinds = [name for name, layer in capture.layers.items() if _has_new_kind(layer, stored[name])]
+    due: dict[str, Fidelity] = {**chosen, **dict.fromkeys(new_kinds, "full")}
+    return {name: due[name] for name in capture.layers if name in due}
 
 
 def check_same_model(capture: Capture, stored: Mapping[str, LayerDocument], *, branch: str, head: Composite) -> None:
@@ -125,7 +137,7 @@ def check_same_model(capture: Capture, stored: Mapping[str, LayerDocument], *, b
         now = _weight_shapes(
             capture.layers[name].content, {path: tuple(t.shape) for path, t in capture.layers[name].arrays.items()}
         )
-        then = _weight_shapes(stored[name].content, {path: r.spec.shape for path, r in stored[name].arrays.items()})
+        then = _weight_shapes(stored[name].content, {path: shape for path, (_, shape) in stored[name].tensors.items()})
         problems += [f"tensor {tensor!r} is new in layer {name!r}" for tensor in now if tensor not in then]
         problems += [f"tensor {tensor!r} is gone from layer {name!r}" for tensor in then if tensor not in now]
         problems += [
@@ -150,8 +162,8 @@ def _weight_shapes(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 def _has_new_kind(layer: LayerCapture, stored: LayerDocument) -> bool:
     """Whether a layer has slots or dtypes that its stored version has not: leaving it would mix two kinds of state."""
-    live = {path: (tuple(tensor.shape), dtype_name(tensor.dtype, path)) for path, tensor in layer.arrays.items()}
-    kept = {path: (record.spec.shape, record.spec.dtype) for path, record in stored.arrays.items()}
+    live = {path: (dtype_name(tensor.dtype, path), tuple(tensor.shape)) for path, tensor in layer.arrays.items()}
+    kept = stored.tensors
     if any(kept.get(path) != described for path, described in live.items()):
         return True
     optim, stored_optim = layer.content["optim"], stored.content["optim"]
@@ -159,18 +171,27 @@ def _has_new_kind(layer: LayerCapture, stored: LayerDocument) -> bool:
 
 
 def plan_layer(layer: LayerCapture, layout: Layout, stored: LayerDocument | None) -> PlannedLayer:
-    """Lay a layer's tensors out, and tell whether its stored version could be equal."""
+    """Lay a layer's tensors out, and tell whether its stored version could be equal.
+
+    Args:
+        layer: with the arrays that are to be written.
+        layout: settings of the store.
+        stored: the branch's version of the layer.
+    """
     specs = {
         path: layout.spec(tuple(tensor.shape), dtype_name(tensor.dtype, path)) for path, tensor in layer.arrays.items()
     }
-    same = (
-        stored is not None
-        and stored.fidelity == "full"
-        and _same_content(stored.content, layer.content)
+    same = stored is not None and stored.fidelity == "full" and is_comparable(stored, layer, specs)
+    return PlannedLayer(layer, specs, stored if same else None)
+
+
+def is_comparable(stored: LayerDocument, layer: LayerCapture, specs: Mapping[str, ArraySpec]) -> bool:
+    """Whether a version has the same skeleton and layouts as what is to be written, so that digests decide."""
+    return (
+        _same_content(stored.content, layer.content)
         and stored.arrays.keys() == specs.keys()
         and all(_same_elements(stored.arrays[path].spec, spec) for path, spec in specs.items())
     )
-    return PlannedLayer(layer, specs, stored if same else None)
 
 
 def _same_content(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from tailorstore.domain.chunks import Box, Chunk, chunks_in, chunks_of
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument, LayerVersion
-from tailorstore.engine.tensors.memory import Tensor, as_bytes, copy_into, empty_host, is_plain, wait_for_devices
+from tailorstore.engine.tensors.memory import (
+    Tensor,
+    as_bytes,
+    copy_into,
+    empty_host,
+    is_plain,
+    name_of,
+    wait_for_devices,
+)
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import load_document, object_key, read_chunk
 from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
@@ -21,6 +29,21 @@ class StoredArray:
 
     version: LayerVersion
     record: ArrayRecord
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.record.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        """Name of its dtype."""
+        return self.record.spec.dtype
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of its chunks."""
+        return self.record.digests
 
     @property
     def prefix(self) -> str:
@@ -109,10 +132,18 @@ def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -
     """
     pairs = list(pairs)
     wait_for_devices(target for _, target in pairs)
+    run_jobs(array_jobs(objects, pairs), objects.workers)
+
+
+def array_jobs(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -> list[Job]:
+    """Return the jobs that fill tensors from arrays, large chunks first; see :func:`read_arrays`.
+
+    The caller has waited for the devices that the tensors are on.
+    """
     budget = MemoryBudget(COPY_BUDGET_BYTES)
     sized: list[tuple[int, Job]] = []
     for array, target in pairs:
-        direct = is_plain(target) and str(target.dtype).removeprefix("torch.") == array.record.spec.dtype
+        direct = is_plain(target) and name_of(target.dtype) == array.record.spec.dtype
         memory = as_bytes(target) if direct else None
         size = itemsize(array.record.spec.dtype)
         for chunk in chunks_of(array.record.spec.shape, array.record.spec.chunk_shape):
@@ -123,7 +154,7 @@ def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -
             )
             sized.append((chunk.elements * size, job))
     sized.sort(key=lambda item: -item[0])
-    run_jobs([job for _, job in sized], objects.workers)
+    return [job for _, job in sized]
 
 
 def _direct_job(objects: Objects, array: StoredArray, chunk: Chunk, memory: memoryview) -> Job:

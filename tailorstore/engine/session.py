@@ -112,7 +112,9 @@ class Session:
         self._use(Opened(catalog, store, binding, owned=True))
         return RebuildReport(
             commits=len(history.commits),
-            versions=len({(v.layer, v.version_id) for m in history.commits for v in m.versions.values()}),
+            versions=len(
+                {(v.layer, v.version_id) for m in history.commits for v in [*m.versions.values(), *m.bases.values()]}
+            ),
             branches=tuple(sorted(history.branches)),
             tags=tuple(sorted(history.tags)),
             unplaced=history.unplaced,

@@ -4,20 +4,15 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, SupportsFloat, overload
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import Mask
-from tailorstore.domain.names import (
-    LATEST,
-    LayerRule,
-    check_name,
-    new_id,
-    parse_ref,
-)
+from tailorstore.domain.names import LATEST, LayerRule, parse_ref
 from tailorstore.domain.records import (
     DEFAULT_GRACE,
     Commit,
@@ -26,22 +21,23 @@ from tailorstore.domain.records import (
     LayerInfo,
     RebuildReport,
     Reference,
-    RefRecord,
     StoreStats,
     VerifyReport,
 )
 from tailorstore.domain.retention import RetentionPolicy
 from tailorstore.engine.checkout import Checkpoint
-from tailorstore.engine.commit import Committer, Request, check_binding
+from tailorstore.engine.commit import Committer, Request
 from tailorstore.engine.diff import diff_composites
 from tailorstore.engine.gc import Progress, collect
 from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.pending import PendingCommit
 from tailorstore.engine.plan import Layout, check_metrics, check_step
+from tailorstore.engine.references import branch, delete_branch, delete_tag, tag
 from tailorstore.engine.session import Session
-from tailorstore.engine.tensors.capture import Model, Optim
+from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike
+from tailorstore.engine.tensors.gradients import Watch, Watched
+from tailorstore.engine.updates import Updates, collect_updates
 from tailorstore.engine.verify import verify
-from tailorstore.storage.manifests import write_ref_record
 
 logger = logging.getLogger("tailorstore")
 
@@ -64,7 +60,7 @@ class Store:
     One process may use it from several threads; commits are carried out one at a time.
     """
 
-    def __init__(self, session: Session, *, branch: str, rule: LayerRule, layout: Layout) -> None:
+    def __init__(self, session: Session, *, branch: str, rule: LayerRule, layout: Layout, light: LightSettings) -> None:
         """Use :func:`open_store`."""
         self.url = session.objects.url
         """The root, without secrets."""
@@ -74,6 +70,7 @@ class Store:
         self._objects = session.objects
         self._rule = rule
         self._layout = layout
+        self._light = light
         self._committing = threading.Lock()
         self._pending: PendingCommit | None = None
         _stores.add(self)
@@ -88,6 +85,7 @@ class Store:
             layout=self._layout,
             rule=self._rule,
             branch=self.branch_name,
+            light=self._light,
         )
 
     @property
@@ -162,8 +160,8 @@ class Store:
             step: after the step of the branch's newest commit.
             model: module (compiled, DDP, …) or flat dictionary name → tensor.
             optim: optimizer, several, or a state dict keyed by parameter name; ``None`` for weights only.
-            mask: ``None`` (all layers), layer names or globs, a mapping of them to ``True``, ``"full"`` or ``False``,
-                or an object with ``select(context)``.
+            mask: ``None`` (all layers), layer names or globs, a mapping of them to ``True``, ``"full"``, ``"light"`` or
+                ``False``, or a strategy.
             extra: numbers, strings, lists, dictionaries, tensors, and objects with ``state_dict()`` (schedulers, data
                 loaders); handed back by ``restore``.
             metrics: name → number; NaN and infinities are kept and never count as best.
@@ -256,6 +254,27 @@ class Store:
         """Return the layers of a composite with their source steps, sizes and numbers of versions."""
         return self._catalog.layers(self.show(ref).id)
 
+    def updates(self, branch: str | None = None, limit: int | None = None) -> Updates:
+        """Return how every layer moved, as measured at a branch's newest ``limit`` commits: arrays of commits × layers.
+
+        Raises:
+            BranchNotFoundError: no such branch, or one without commits.
+        """
+        self._refresh()
+        return collect_updates(self._catalog.measures(branch or self.branch_name, limit))
+
+    def watch(self, optim: OptimizerLike | Sequence[OptimizerLike], every: int = 10) -> Watch:
+        """Measure gradients just before every n-th step of these torch optimizers, until the handle's ``remove()``.
+
+        Raises:
+            InvalidInputError: no torch optimizers, or ``every`` is no whole number of at least 1.
+        """
+        return self._committer.selector.gauge.watch(optim, every)
+
+    def observe(self, watched: Watched) -> None:
+        """Measure the gradients that a module's or optimizers' parameters have now: for loops without :meth:`watch`."""
+        self._committer.selector.gauge.observe(watched)
+
     def stats(self) -> StoreStats:
         """Return counts and sizes, from the catalog alone."""
         self._refresh()
@@ -277,11 +296,7 @@ class Store:
         Raises:
             BadNameError, TagExistsError, RefNotFoundError: nothing was changed.
         """
-        self._session.check_writable("tag")
-        self._finish_commit()
-        commit = self.show(ref)
-        self._point("tag", check_name("tag", name), commit.id, lambda: self._catalog.tag(name, commit.id))
-        return commit
+        return self._point_at(ref, "tag", lambda commit: tag(self._session, name, commit))
 
     def delete_tag(self, name: str) -> None:
         """Remove a tag; its commit is kept or dropped as the policies say from now on.
@@ -290,7 +305,7 @@ class Store:
             RefNotFoundError: no such tag.
         """
         self._session.check_writable("delete a tag")
-        self._point("tag", name, None, lambda: self._catalog.untag(name))
+        delete_tag(self._session, name)
 
     def branch(self, name: str, ref: str | int | Commit = LATEST, *, move: bool = False) -> Commit:
         """Start a branch at a commit, or move one there; both lines share the layers up to it.
@@ -300,13 +315,7 @@ class Store:
         Raises:
             BadNameError, BranchExistsError, RefNotFoundError: nothing was changed.
         """
-        self._session.check_writable("branch")
-        self._finish_commit()
-        commit = self.show(ref)
-        self._point(
-            "branch", check_name("branch", name), commit.id, lambda: self._catalog.branch(name, commit.id, move=move)
-        )
-        return commit
+        return self._point_at(ref, "branch", lambda commit: branch(self._session, name, commit, move=move))
 
     def delete_branch(self, name: str) -> None:
         """Remove a branch; commits that no other branch or tag reaches go when GC runs with a policy.
@@ -316,21 +325,14 @@ class Store:
             InvalidInputError: it is the only one.
         """
         self._session.check_writable("delete a branch")
-        if [known.name for known in self._catalog.branches()] == [name]:
-            msg = f"branch {name!r} is the only one: without it every commit would be on no branch; make another first"
-            raise InvalidInputError(msg)
-        self._point("branch", name, None, lambda: self._catalog.delete_branch(name))
+        delete_branch(self._session, name)
 
-    def _point(
-        self, kind: Literal["tag", "branch"], name: str, commit_id: str | None, change: Callable[[], object]
-    ) -> None:
-        """Change a ref in the catalog, then record it in the root.
-
-        The catalog goes first: it may refuse. Should the process die in between, only a rebuild could tell.
-        """
-        check_binding(self._objects, self._session.binding)
-        change()
-        write_ref_record(self._objects, RefRecord(new_id(), kind, name, commit_id, self._catalog.now()))
+    def _point_at(self, ref: str | int | Commit, verb: str, point: Callable[[Commit], None]) -> Commit:
+        self._session.check_writable(verb)
+        self._finish_commit()
+        commit = self.show(ref)
+        point(commit)
+        return commit
 
     # Upkeep
 
@@ -415,7 +417,7 @@ class Store:
             try:
                 self._settle()
             finally:
-                self._committer.arena.release()
+                self._committer.close()
                 self._session.close()
 
     def __enter__(self) -> "Store":

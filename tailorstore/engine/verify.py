@@ -47,14 +47,14 @@ def verify(
     Args:
         objects: the root.
         catalog: says what they should be, and which commits hold a damaged version.
-        versions: layer versions to read.
+        versions: layer versions to read, each once; the bases of light ones are read, too, named here or not.
         commits: ids of commits whose manifests to read: a lost catalog is rebuilt from them.
         progress: is told how many versions are done.
 
     Raises:
         UnavailableError, AccessDeniedError: storage or catalog cannot be read at all.
     """
-    versions = list(versions)
+    versions = _with_bases(catalog, versions)
     findings = _Findings()
     tell = progress or (lambda *_: None)
     checks = [_VersionCheck(objects, version, findings, tell, len(versions)) for version in versions]
@@ -67,6 +67,13 @@ def verify(
     return VerifyReport(len(versions), findings.objects, findings.bytes_read, tuple(damages))
 
 
+def _with_bases(catalog: StoreCatalog, versions: Iterable[LayerVersion]) -> list[LayerVersion]:
+    named = {(version.layer, version.version_id): version for version in versions}
+    light = [version for version in named.values() if version.base_id is not None]
+    lacking = [version for version in light if (version.layer, version.base_id) not in named]
+    return [*named.values(), *catalog.bases_of(lacking)]
+
+
 def _holding(catalog: StoreCatalog, damage: Damage) -> tuple[str, ...]:
     version_id = damage.key.split("/")[2]
     return tuple(commit.id for commit in catalog.commits_holding(damage.layer, version_id))
@@ -75,13 +82,19 @@ def _holding(catalog: StoreCatalog, damage: Damage) -> tuple[str, ...]:
 def _check_manifest(objects: Objects, catalog: StoreCatalog, commit_id: str, findings: _Findings) -> None:
     try:
         composite = catalog.composite(commit_id)
+        measures = catalog.measures_of(commit_id)
     except RefNotFoundError:
         return  # expired since
     key, step = manifest_key(commit_id), composite.commit.step
     damage: Damage | None = None
     try:
         manifest = read_manifest(objects, commit_id)
-        if dict(manifest.versions) != dict(composite.versions) or manifest.commit.id != commit_id:
+        pairs = [
+            (manifest.versions, composite.versions),
+            (manifest.bases, composite.bases),
+            (manifest.measures, measures),
+        ]
+        if manifest.commit.id != commit_id or any(dict(found) != dict(known) for found, known in pairs):
             damage = Damage(
                 "document", "", step, key, "the manifest is not the one of the catalog's commit", (commit_id,)
             )

@@ -7,12 +7,16 @@ to its stored version is compared first, chunk by chunk, until one differs; what
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tailorstore.domain.chunks import Chunk, chunks_of
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument
-from tailorstore.engine.plan import PlannedLayer
+from tailorstore.engine.light.bases import BaseCache
+from tailorstore.engine.light.encode import EncodedLayer
+from tailorstore.engine.light.lighten import lightening_jobs
+from tailorstore.engine.light.planning import plan_light
+from tailorstore.engine.plan import Layout, PlannedLayer
 from tailorstore.engine.tensors.memory import chunk_bytes, is_plain
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import (
@@ -29,6 +33,8 @@ from tailorstore.storage.transport import Objects
 COPY_BUDGET_BYTES = 160 << 20
 """Host memory that copies of chunks may take at once: tensors that are not plain host memory, codecs, remote puts."""
 
+_FIRST = 1 << 62
+
 
 @dataclass(slots=True)
 class Written:
@@ -40,28 +46,33 @@ class Written:
     """Every key that was or was about to be put, for cleaning up."""
 
 
-def write_layers(
-    objects: Objects, version_id: str, step: int, layers: Iterable[PlannedLayer], written: Written
-) -> None:
-    """Write and seal layers; when this returns every object of theirs is durable.
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a commit's layers go."""
 
-    Args:
-        objects: the root.
-        version_id: of all versions written.
-        step: their source step.
-        layers: what to write.
-        written: filled as layers are sealed; after an error it says what may have been left behind.
+    objects: Objects
+    version_id: str
+    """Of all versions written."""
+    step: int
+    """Their source step."""
+    layout: Layout
+    bases: BaseCache
+    written: Written
+    """Filled as layers are sealed; after an error it says what may have been left behind."""
+
+
+def write_layers(destination: Destination, layers: Iterable[PlannedLayer]) -> None:
+    """Write and seal layers; when this returns every object of theirs is durable.
 
     Raises:
         StorageUnavailableError, StorageFullError, AccessDeniedError: unpublished objects remain, listed in ``written``.
     """
+    objects, written = destination.objects, destination.written
     budget = MemoryBudget(COPY_BUDGET_BYTES)
-    writers = [_LayerWriter(objects, version_id, step, layer, written, budget) for layer in layers]
-    jobs: list[Job] = [writer.compare for writer in writers if writer.planned.known is not None]
+    sized = [job for layer in layers for job in _LayerWriter(destination, layer, budget).start()]
     # Large chunks first, so that no thread is left with one at the end.
-    direct = [job for writer in writers if writer.planned.known is None for job in writer.start()]
-    direct.sort(key=lambda sized: -sized[0])
-    run_jobs([*jobs, *(job for _, job in direct)], objects.workers)
+    sized.sort(key=lambda job: -job[0])
+    run_jobs([job for _, job in sized], objects.workers)
     # Once for all layers: they share directories, and a journal takes many flushes in one go.
     objects.sync([key for sealed in written.sealed.values() for key in sealed.keys])
 
@@ -71,26 +82,43 @@ class _LayerWriter:
 
     def __init__(
         self,
-        objects: Objects,
-        version_id: str,
-        step: int,
+        destination: Destination,
         planned: PlannedLayer,
-        written: Written,
         budget: MemoryBudget,
+        encoded: EncodedLayer | None = None,
     ) -> None:
         self.planned = planned
-        self._objects = objects
-        self._version_id = version_id
-        self._step = step
-        self._written = written
+        self._to = destination
+        self._objects = destination.objects
+        self._written = destination.written
         self._budget = budget
-        self._prefix = version_prefix(planned.capture.name, version_id)
+        self._encoded = encoded
+        self._prefix = version_prefix(planned.capture.name, destination.version_id)
         self._stored: dict[tuple[str, int], StoredChunk] = {}
         self._digests: dict[tuple[str, int], str] = {}
         self._left = 0
         self._lock = threading.Lock()
 
-    def compare(self) -> Iterable[Job] | None:
+    def start(self) -> list[tuple[int, Job]]:
+        """Return (bytes, job) for everything that can be done at once; jobs return those that follow."""
+        # What may turn out unchanged, and what has to be coded first, comes before what can be put as it is.
+        return [(_FIRST, self._compare)] if self.planned.known is not None else self._go_on()
+
+    def _go_on(self) -> list[tuple[int, Job]]:
+        """Return the jobs for a layer that is known to have changed."""
+        plan = self.planned.light
+        if plan is None or self._encoded is not None:
+            return self._chunk_jobs()
+        jobs = lightening_jobs(self._objects, self.planned.capture, plan, self._to.bases, self._write_light)
+        return [(_FIRST, job) for job in jobs]
+
+    def _write_light(self, encoded: EncodedLayer) -> Iterable[Job]:
+        """Return the jobs that write a coded layer, or find that the branch has it."""
+        planned = plan_light(encoded, self.planned, self._to.layout)
+        writer = _LayerWriter(self._to, planned, self._budget, encoded)
+        return [job for _, job in writer.start()]
+
+    def _compare(self) -> Iterable[Job] | None:
         """Hash chunks until one differs from the stored version; return the jobs that write the layer if one does."""
         known = self.planned.known
         for path, chunk in sorted(self._chunks(), key=lambda item: item[1].elements):
@@ -98,11 +126,11 @@ class _LayerWriter:
                 digest = chunk_digest(chunk_bytes(self.planned.capture.arrays[path], chunk))
             self._digests[path, chunk.number] = digest
             if known is None or known.arrays[path].digests[chunk.number] != digest:
-                return [job for _, job in self.start()]
+                return [job for _, job in self._go_on()]
         self._written.unchanged.append(self.planned.capture.name)
         return None
 
-    def start(self) -> list[tuple[int, Job]]:
+    def _chunk_jobs(self) -> list[tuple[int, Job]]:
         """Return (bytes, job) for every chunk; the last to end seals the layer."""
         chunks = list(self._chunks())
         self._left = len(chunks)
@@ -146,11 +174,19 @@ class _LayerWriter:
         name = self.planned.capture.name
         document = LayerDocument(
             layer=name,
-            version_id=self._version_id,
-            step=self._step,
+            version_id=self._to.version_id,
+            step=self._to.step,
             content=self.planned.capture.content,
             arrays=self._records(),
         )
+        if self._encoded is not None and self.planned.light is not None:
+            document = replace(
+                document,
+                fidelity="light",
+                base_id=self.planned.light.base.version_id,
+                light=self._encoded.table,
+                error=self._encoded.error,
+            )
         sealed = seal(self._objects, document)
         self._written.keys.extend(sealed.keys)
         self._written.sealed[name] = sealed

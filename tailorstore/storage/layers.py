@@ -6,6 +6,7 @@ one that the document means.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from tailorstore.storage import codecs
 from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.documents import array_document, chunk_key, group_document, groups_above
 from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.light import table_from_json, table_to_json
 from tailorstore.storage.transport import Objects
 
 FORMAT = 1
@@ -45,13 +47,21 @@ def canonical_json(value: Any) -> bytes:  # noqa: ANN401
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def layer_digest(content: Mapping[str, Any], arrays: Mapping[str, ArrayRecord]) -> str:
-    """Return the content digest of a layer: independent of version, step, codec and who wrote it."""
-    described = {
-        path: [record.spec.dtype, record.spec.shape, record.spec.chunk_shape, record.digests]
-        for path, record in arrays.items()
+def layer_digest(document: LayerDocument) -> str:
+    """Return the content digest of a layer: independent of version, step, codec and who wrote it.
+
+    That of a light version covers its base's id too: the same codes on another base are other values.
+    """
+    described: dict[str, Any] = {
+        "content": document.content,
+        "arrays": {
+            path: [record.spec.dtype, record.spec.shape, record.spec.chunk_shape, record.digests]
+            for path, record in document.arrays.items()
+        },
     }
-    return "xxh3-128:" + Hasher(canonical_json({"content": content, "arrays": described})).hexdigest()
+    if document.light is not None:
+        described |= {"light": table_to_json(document.light), "base": document.base_id, "error": document.error}
+    return "xxh3-128:" + Hasher(canonical_json(described)).hexdigest()
 
 
 def chunk_digest(data: memoryview) -> str:
@@ -164,7 +174,7 @@ def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
     documents = {f"{group}/{GROUP_DOCUMENT}": group_document({}, {}) for group in groups_above(specs)}
     documents |= {f"{path}/{GROUP_DOCUMENT}": array_document(spec) for path, spec in specs.items()}
     document = replace(document, documents={key: chunk_digest(memoryview(data)) for key, data in documents.items()})
-    digest = layer_digest(document.content, document.arrays)
+    digest = layer_digest(document)
     documents[GROUP_DOCUMENT] = sealed(group_document({ATTRIBUTE: _to_json(document, digest)}, specs))
     stored = sum(objects.put(prefix + key, data) for key, data in documents.items())
     chunk_keys = [
@@ -177,21 +187,19 @@ def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
         version_id=document.version_id,
         step=document.step,
         digest=digest,
-        bytes_logical=sum(logical_bytes(spec) for spec in specs.values()),
+        bytes_logical=sum(size_of(dtype, shape) for dtype, shape in document.tensors.values()),
         bytes_stored=stored + sum(sum(record.sizes) for record in document.arrays.values()),
         objects=len(documents) + len(chunk_keys),
         fidelity=document.fidelity,
         base_id=document.base_id,
+        error=document.error,
     )
     return SealedLayer(version, document, (*chunk_keys, *(prefix + key for key in documents)))
 
 
-def logical_bytes(spec: ArraySpec) -> int:
-    """Return the size of an array's elements in bytes."""
-    size = itemsize(spec.dtype)
-    for extent in spec.shape:
-        size *= extent
-    return size
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size of a tensor's elements in bytes."""
+    return itemsize(dtype) * math.prod(shape)
 
 
 def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
@@ -209,7 +217,7 @@ def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
     except (MissingObjectError, CorruptDocumentError) as error:
         msg = f"{where}: {error}"
         raise type(error)(msg) from error
-    found = layer_digest(document.content, document.arrays)
+    found = layer_digest(document)
     names = (document.layer, document.version_id, document.step)
     if found != version.digest or names != (version.layer, version.version_id, version.step):
         msg = (
@@ -254,6 +262,8 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
             fidelity=described["fidelity"],
             base_id=described["base"],
             documents={_text(key): _text(found) for key, found in described["documents"].items()},
+            light=None if described["light"] is None else table_from_json(described["light"], arrays),
+            error=described["error"],
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
@@ -274,6 +284,8 @@ def _to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
         "content": document.content,
         "arrays": {path: _record_to_json(record) for path, record in document.arrays.items()},
         "documents": document.documents,
+        "light": None if document.light is None else table_to_json(document.light),
+        "error": document.error,
     }
 
 

@@ -1,13 +1,15 @@
 """The documents that make a root complete without its catalog: who owns it, every commit, every tag and branch."""
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
 from tailorstore.domain.errors import (
     CorruptDocumentError,
     FormatTooNewError,
+    InvalidInputError,
     MissingObjectError,
     NotAStoreError,
     TailorError,
@@ -20,7 +22,15 @@ from tailorstore.domain.names import (
     manifest_key,
     ref_record_key,
 )
-from tailorstore.domain.records import Binding, Commit, CommitManifest, LayerVersion, RefRecord
+from tailorstore.domain.records import (
+    MEASURES,
+    Binding,
+    Commit,
+    CommitManifest,
+    LayerMeasures,
+    LayerVersion,
+    RefRecord,
+)
 from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.transport import Objects
 
@@ -68,8 +78,21 @@ def write_binding(objects: Objects, binding: Binding, *, replace: bool) -> None:
 
 
 def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
-    """Write a commit's manifest, durably, and return its key. It is written before the commit is published."""
+    """Write a commit's manifest, durably, and return its key. It is written before the commit is published.
+
+    Numbers among the measures that are not finite are written as unknown.
+
+    Raises:
+        InvalidInputError: its bases are not those of its light versions: nobody could read it. Nothing was written.
+    """
     commit = manifest.commit
+    wrong = _wrong_base(manifest.versions, manifest.bases)
+    if wrong is not None:
+        msg = (
+            f"the manifest of commit {commit.id}, step {commit.step} on {commit.branch!r}, does not describe the base "
+            f"of layer {wrong!r}: a light version needs the full one that it is a difference to, and no other has one"
+        )
+        raise InvalidInputError(msg)
     key = manifest_key(commit.id)
     described = {
         "format": FORMAT,
@@ -87,6 +110,8 @@ def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
             "bytes_logical": commit.bytes_logical,
         },
         "layers": {name: _version_to_json(version) for name, version in manifest.versions.items()},
+        "bases": {name: _version_to_json(version) for name, version in manifest.bases.items()},
+        "measures": {name: _measures_to_json(measured) for name, measured in manifest.measures.items()},
     }
     objects.put(key, _dump(described))
     objects.sync([key])
@@ -151,7 +176,7 @@ def _read(objects: Objects, key: str, build: Callable[[dict[str, Any]], Record])
         return build(described)
     except TailorError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         msg = f"document {key} in {objects.url} cannot be understood ({type(error).__name__})"
         raise CorruptDocumentError(msg) from error
 
@@ -194,8 +219,12 @@ def _version_to_json(version: LayerVersion) -> dict[str, Any]:
         "objects": version.objects,
         "fidelity": version.fidelity,
         "base": version.base_id,
-        "error": version.error,
+        "error": _finite_or_none(version.error),
     }
+
+
+def _measures_to_json(measured: LayerMeasures) -> dict[str, Any]:
+    return {**{name: _finite_or_none(getattr(measured, name)) for name in MEASURES}, "finite": measured.finite}
 
 
 def _version_from_json(layer: str, described: dict[str, Any]) -> LayerVersion:
@@ -211,8 +240,28 @@ def _version_from_json(layer: str, described: dict[str, Any]) -> LayerVersion:
         objects=_count(described["objects"]),
         fidelity=described["fidelity"],
         base_id=described["base"],
-        error=described["error"],
+        error=_number_or_none(described["error"]),
     )
+
+
+def _measures_from_json(described: dict[str, Any]) -> LayerMeasures:
+    if type(described["finite"]) is not bool:
+        raise TypeError(described["finite"])
+    return LayerMeasures(**{name: _number_or_none(described[name]) for name in MEASURES}, finite=described["finite"])
+
+
+def _wrong_base(versions: Mapping[str, LayerVersion], bases: Mapping[str, LayerVersion]) -> str | None:
+    """Return a layer of which version and base do not belong together; ``None`` if all do."""
+    for layer in sorted(versions.keys() | bases.keys()):
+        version, base = versions.get(layer), bases.get(layer)
+        needed = version.base_id if version else None
+        if needed != (base.version_id if base else None):
+            return layer
+        if version is not None and (version.fidelity == "light") != (needed is not None):
+            return layer
+        if base is not None and (base.layer, base.fidelity, base.base_id) != (layer, "full", None):
+            return layer
+    return None
 
 
 def _manifest_from_json(described: dict[str, Any]) -> CommitManifest:
@@ -232,7 +281,12 @@ def _manifest_from_json(described: dict[str, Any]) -> CommitManifest:
         bytes_logical=_count(entry["bytes_logical"]),
     )
     versions = {name: _version_from_json(name, version) for name, version in described["layers"].items()}
-    return CommitManifest(_binding_from_json(described["binding"]), commit, versions)
+    bases = {name: _version_from_json(name, version) for name, version in described["bases"].items()}
+    wrong = _wrong_base(versions, bases)
+    if wrong is not None:
+        raise ValueError(wrong)
+    measures = {name: _measures_from_json(measured) for name, measured in described["measures"].items()}
+    return CommitManifest(_binding_from_json(described["binding"]), commit, versions, bases, measures)
 
 
 def _ref_record_from_json(described: dict[str, Any]) -> RefRecord:
@@ -263,5 +317,18 @@ def _text(value: object) -> str:
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 0:
+        raise TypeError(value)
+    return value
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _number_or_none(value: object) -> float | None:
+    if value is None:
+        return None
+    # JSON's 1e999 is infinite to Python.
+    if type(value) is not float or not math.isfinite(value):
         raise TypeError(value)
     return value

@@ -93,9 +93,33 @@ class _Heap:
         with self._changed:
             self._running -= 1
             if more is not None and self.error is None:
-                self.waiting.extend(more)
+                # First what was begun: else every job's intermediate results would be in memory at once.
+                self.waiting.extendleft(reversed(list(more)))
             if self.waiting or not self._running:
                 self._changed.notify_all()
+
+
+def in_turn(jobs: Sequence[Job], follow: Job) -> list[Job]:
+    """Return the jobs, changed so that the last of them to end also gives ``follow`` to be run.
+
+    Jobs among them must not return further jobs that ``follow`` depends on.
+    """
+    if not jobs:
+        return [follow]
+    left = [len(jobs)]
+    lock = threading.Lock()
+
+    def wrap(job: Job) -> Job:
+        def run() -> Iterable[Job]:
+            more = list(job() or ())
+            with lock:
+                left[0] -= 1
+                last = not left[0]
+            return [*more, follow] if last else more
+
+        return run
+
+    return [wrap(job) for job in jobs]
 
 
 class MemoryBudget:

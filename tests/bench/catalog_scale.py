@@ -5,6 +5,7 @@
 
 Fills an empty database by the drivers' own fast ways, then measures through the catalog's API. ``--written-in N``:
 a layer is written by every N-th commit only, so that there are N times as many commits and composite entries.
+``--light``: after the first commit all layers but ``@extra`` are written light, and measured at every commit.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
@@ -23,7 +24,7 @@ import psycopg
 from tailorstore.catalog import Catalog, StoreCatalog
 from tailorstore.catalog.urls import parse_url
 from tailorstore.domain.names import layer_component, new_id, parse_ref
-from tailorstore.domain.records import EXTRA_LAYER, CommitDraft, LayerVersion
+from tailorstore.domain.records import EXTRA_LAYER, CommitDraft, LayerMeasures, LayerVersion
 
 STORE_ID = "scale"
 STEP = 100
@@ -35,8 +36,10 @@ COLUMNS = {
     "lines": "pk, store_pk",
     "commits": "pk, store_pk, commit_id, line_pk, branch, parent_id, step, created_at, metrics, layers_written, "
     "bytes_written, bytes_logical",
-    "versions": "pk, layer_pk, version_id, step, digest, fidelity, bytes_logical, bytes_stored, objects, created_at",
+    "versions": "pk, layer_pk, version_id, step, digest, fidelity, base_pk, error, bytes_logical, bytes_stored, "
+    "objects, created_at",
     "composites": "commit_pk, layer_pk, version_pk",
+    "measures": "commit_pk, layer_pk, drift, relative_drift, momentum, curvature, finite",
     "branches": "pk, store_pk, name, line_pk, head_pk, created_at",
 }
 
@@ -58,6 +61,7 @@ class History:
     layers: int
     commits: int
     written_in: int
+    light: bool
 
     def names(self) -> list[str]:
         """Return the names of the layers."""
@@ -90,8 +94,18 @@ class History:
                 if self.writes(number, layer):
                     pk += 1
                     digest = f"xxh3-128:{pk:032x}"
-                    sizes = (250_000_000, 200_000_000, 40)
-                    yield (pk, layer + 1, commit_id, number * STEP, digest, "full", *sizes, now)
+                    # The first commit writes every layer, so there a version's key is its layer's.
+                    light = self.light and number > 0 and layer > 0
+                    kind = ("light", layer + 1, 0.01) if light else ("full", None, None)
+                    sizes = (250_000_000, 20_000_000 if light else 200_000_000, 40)
+                    yield (pk, layer + 1, commit_id, number * STEP, digest, *kind, *sizes, now)
+
+    def measures_rows(self) -> Iterator[Row]:
+        """Yield what was measured of every layer but ``@extra`` at every commit."""
+        for number in range(self.commits if self.light else 0):
+            for layer in range(1, self.layers):
+                drift = (number + 1) / layer
+                yield (number + 1, layer + 1, drift, drift / 100, drift / 1000, drift * drift, True)
 
     def composite_rows(self) -> Iterator[Row]:
         """Yield every commit's full map."""
@@ -105,11 +119,13 @@ class History:
                 yield (number + 1, layer + 1, newest[layer])
 
 
-def fill(url: str, *, layers: int = 400, versions: int = 1_000_000, written_in: int = 1) -> History:
+def fill(
+    url: str, *, layers: int = 400, versions: int = 1_000_000, written_in: int = 1, light: bool = False
+) -> History:
     """Fill an empty database with a history of one branch that has so many layer versions."""
     catalog = Catalog.open(url)
     catalog.register(STORE_ID, "s3://bucket/scale", 1)
-    history = History(layers, versions * written_in // layers, written_in)
+    history = History(layers, versions * written_in // layers, written_in, light)
     parsed = parse_url(url)
     now = datetime.now(UTC)
     stamp = now.strftime("%Y-%m-%d %H:%M:%S.%f") if parsed.path else now
@@ -119,6 +135,7 @@ def fill(url: str, *, layers: int = 400, versions: int = 1_000_000, written_in: 
         "commits": history.commit_rows(stamp),
         "versions": history.version_rows(stamp),
         "composites": history.composite_rows(),
+        "measures": history.measures_rows(),
         "branches": iter([(1, 1, "main", 1, history.commits, stamp)]),
     }
     if parsed.path is not None:
@@ -149,7 +166,7 @@ def _fill_postgres(url: str, rows: dict[str, Iterator[Row]]) -> None:
             with connection.cursor() as cursor, cursor.copy(copy.encode()) as target:
                 for row in values:
                     target.write_row(row)
-            if "pk," in COLUMNS[table] and table != "composites":
+            if COLUMNS[table].startswith("pk,"):
                 after = f"SELECT setval(pg_get_serial_sequence('{table}', 'pk'), max(pk)) FROM {table}"
                 connection.execute(after.encode())
         connection.execute("VACUUM ANALYZE")
@@ -179,6 +196,9 @@ def measure(url: str, *, runs: int = 200) -> list[Measured]:
         "resolve any step, with a lease": resolve_leased,
         "resolve latest": lambda _: store.resolve(parse_ref("latest"), "main"),
         "log(limit=20)": lambda _: store.log("main", 20),
+        "steps(limit=200)": lambda _: store.steps("main", 200),
+        "measures of a commit": lambda _: store.measures_of(head.id),
+        "measures(limit=20)": lambda _: store.measures("main", 20),
         "head": lambda _: store.head("main"),
     }
     measured = [_time(verb, act, runs) for verb, act in verbs.items()]
@@ -203,13 +223,19 @@ def _time_publish(store: StoreCatalog, names: Sequence[str], runs: int) -> Measu
     for _ in range(runs):
         head = store.head("main")
         step = STEP if head is None else head.step + STEP
+        bases = {} if head is None else store.composite(head.id).bases
         commit_id = new_id()
         announced = store.announce(commit_id, "main", step, LEASE)
         parent = None if announced is None else announced.id
         draft = CommitDraft(commit_id, step, "main", parent, None, {"loss": 1.0}, 10**10)
-        versions = [LayerVersion(name, commit_id, step, "xxh3-128:" + "0" * 32, 9, 9, 40) for name in names]
+        full = [LayerVersion(name, commit_id, step, "xxh3-128:" + "0" * 32, 9, 9, 40) for name in names]
+        versions = [
+            replace(one, fidelity="light", base_id=bases[one.layer].version_id) if one.layer in bases else one
+            for one in full
+        ]
+        measures = dict.fromkeys(bases, LayerMeasures(1.0, 0.5, 0.25, None, 2.0))
         start = time.perf_counter()
-        store.publish(draft, versions)
+        store.publish(draft, versions, measures)
         times.append(time.perf_counter() - start)
     return _summary(f"publish {len(names)} layers", times[1:])
 
@@ -227,10 +253,13 @@ def main() -> None:
     parser.add_argument("--versions", type=int, default=1_000_000)
     parser.add_argument("--layers", type=int, default=400)
     parser.add_argument("--written-in", type=int, default=1)
+    parser.add_argument("--light", action="store_true")
     parser.add_argument("--runs", type=int, default=200)
     given = parser.parse_args()
     start = time.perf_counter()
-    history = fill(given.url, layers=given.layers, versions=given.versions, written_in=given.written_in)
+    history = fill(
+        given.url, layers=given.layers, versions=given.versions, written_in=given.written_in, light=given.light
+    )
     print(f"{history.commits} commits, filled in {time.perf_counter() - start:.0f} s")
     for row in measure(given.url, runs=given.runs):
         print(f"{row.verb:32} median {row.median_ms:7.2f}  p95 {row.p95_ms:7.2f}  worst {row.worst_ms:7.2f} ms")

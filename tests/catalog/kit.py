@@ -2,7 +2,7 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import psycopg
 from tailorstore.catalog import StoreCatalog
 from tailorstore.catalog.urls import parse_url
 from tailorstore.domain.names import new_id, parse_ref
-from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, Composite, LayerVersion
+from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, Composite, LayerMeasures, LayerVersion
 
 LEASE = timedelta(minutes=5)
 LAPSED = timedelta(seconds=-1)
@@ -34,10 +34,15 @@ def announce(store: StoreCatalog, step: int, branch: str = "main", lease: timede
     )
 
 
-def publish(store: StoreCatalog, draft: CommitDraft, layers: Sequence[str | LayerVersion] = ("a", "b")) -> Commit:
+def publish(
+    store: StoreCatalog,
+    draft: CommitDraft,
+    layers: Sequence[str | LayerVersion] = ("a", "b"),
+    measures: Mapping[str, LayerMeasures] | None = None,
+) -> Commit:
     """Publish a draft with versions of these layers and of ``@extra``."""
     made = [one if isinstance(one, LayerVersion) else version(one, draft.id, draft.step) for one in layers]
-    return store.publish(draft, [version(EXTRA_LAYER, draft.id, draft.step), *made])
+    return store.publish(draft, [version(EXTRA_LAYER, draft.id, draft.step), *made], measures or {})
 
 
 def commit(store: StoreCatalog, step: int, layers: Sequence[str] = ("a", "b"), branch: str = "main") -> Commit:
@@ -49,6 +54,11 @@ def commit_light(store: StoreCatalog, step: int, layer: str, base: str, branch: 
     """Announce and publish a light version of a layer."""
     draft = announce(store, step, branch)
     return publish(store, draft, [version(layer, draft.id, step, base)])
+
+
+def measured(figure: float) -> LayerMeasures:
+    """Return measures that can be told apart; there is no gradient."""
+    return LayerMeasures(figure, figure / 3, figure * 1e300, None, figure * 1e-300)
 
 
 def at(store: StoreCatalog, ref: str | int, branch: str = "main") -> Composite:

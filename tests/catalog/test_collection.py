@@ -6,9 +6,10 @@ from datetime import timedelta
 import pytest
 
 from tailorstore.catalog import StoreCatalog
+from tailorstore.domain.errors import HeadMovedError
 from tailorstore.domain.names import layer_component, new_id, parse_ref
-from tailorstore.domain.records import EXTRA_LAYER, Commit, LayerVersion
-from tests.catalog.kit import LAPSED, LEASE, announce, at, commit, commit_light, publish, steps
+from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, LayerVersion
+from tests.catalog.kit import LAPSED, LEASE, announce, at, commit, commit_light, publish, steps, version
 
 NOW = timedelta(0)
 
@@ -25,13 +26,13 @@ def alive(store: StoreCatalog) -> set[tuple[str, str]]:
 
 def needed(store: StoreCatalog) -> set[tuple[str, str]]:
     """Return what the composites of all commits hold, and the bases of that."""
-    inventory = store.inventory()
     held: set[tuple[str, str]] = set()
-    for commit_id in inventory.commits():
-        for one in store.composite(commit_id).versions.values():
-            held.add((one.layer, one.version_id))
-            if one.base_id:
-                held.add((one.layer, one.base_id))
+    for commit_id in store.inventory().commits():
+        composite = store.composite(commit_id)
+        held |= {(one.layer, one.version_id) for one in (*composite.versions.values(), *composite.bases.values())}
+        assert {name: one.version_id for name, one in composite.bases.items()} == {
+            name: one.base_id for name, one in composite.versions.items() if one.fidelity == "light"
+        }
     return held
 
 
@@ -249,6 +250,42 @@ def test_what_stands_is_exactly_what_is_needed(store: StoreCatalog, seed: int) -
     for _ in range(2):
         store.expire(list(store.inventory().commits()))
     assert alive(store) == needed(store)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_pending_commit_may_build_on_stays(store: StoreCatalog, seed: int) -> None:
+    chance = random.Random(seed)
+    names = ["a", "b", "c"]
+    commit(store, 0, names)
+    under_way: list[tuple[CommitDraft, dict[str, str]]] = []
+    outcomes: list[bool] = []
+    for step in range(1, 60):
+        everything = list(store.inventory().commits())
+        match chance.randrange(6):
+            case 0:
+                store.branch("main", chance.choice(everything), move=True)
+            case 1 | 2:
+                store.expire(chance.sample(everything, chance.randrange(len(everything) + 1)))
+                store.bury(store.doomed(NOW))
+            case 3:
+                composite = at(store, "latest")
+                newest = {name: composite.bases.get(name, composite.versions[name]).version_id for name in names}
+                under_way.append((announce(store, 100 * step), newest))
+            case 4 if under_way:
+                draft, newest = under_way.pop(chance.randrange(len(under_way)))
+                written = chance.sample(names, chance.randrange(1, 4))
+                try:
+                    publish(store, draft, [version(name, draft.id, draft.step, newest[name]) for name in written])
+                    outcomes.append(True)
+                except HeadMovedError:
+                    store.abandon(draft.id)
+                    outcomes.append(False)
+            case _:
+                commit(store, 100 * step, chance.sample(names, 1))
+        for _, newest in under_way:
+            assert set(newest.items()) <= alive(store)
+        assert needed(store) <= alive(store)
+    assert any(outcomes)
 
 
 def test_a_version_that_is_expired_while_a_commit_builds_on_it_stays(store: StoreCatalog) -> None:

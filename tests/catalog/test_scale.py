@@ -8,9 +8,10 @@ from tests.bench.catalog_scale import STORE_ID, fill, measure
 from tests.catalog.kit import at, commit, plain_sql
 
 
+@pytest.mark.parametrize("light", [False, True])
 @pytest.mark.parametrize("written_in", [1, 4])
-def test_the_generator_makes_a_true_history(catalog_url: str, written_in: int) -> None:
-    history = fill(catalog_url, layers=8, versions=400, written_in=written_in)
+def test_the_generator_makes_a_true_history(catalog_url: str, written_in: int, light: bool) -> None:
+    history = fill(catalog_url, layers=8, versions=400, written_in=written_in, light=light)
     catalog = Catalog.open(catalog_url)
     store = catalog.store(STORE_ID)
     assert store is not None
@@ -20,6 +21,9 @@ def test_the_generator_makes_a_true_history(catalog_url: str, written_in: int) -
         composite = store.composite(one.id)
         assert len(composite.versions) == 8
         assert composite.versions[EXTRA_LAYER].version_id == one.id
+        written_again = one.step >= 100 * written_in
+        assert len(composite.bases) == (7 if light and written_again else 0)
+        assert len(store.measures_of(one.id)) == (7 if light else 0)
         assert all(0 <= one.step - version.step <= 100 * written_in for version in composite.versions.values())
     commit(store, log[0].step + 1, ["model.layers.1"])
     assert at(store, "latest").versions["model.layers.1"].step == log[0].step + 1

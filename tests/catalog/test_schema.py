@@ -164,7 +164,7 @@ def test_a_migration_that_fails_half_way_leaves_nothing(
 ) -> None:
     folder = tmp_path / "migrations"
     (folder / "versions").mkdir(parents=True)
-    for name in ("env.py", "script.py.mako", "versions/0001_tables.py"):
+    for name in ("env.py", "script.py.mako", "versions/0001_tables.py", "versions/0003_measures.py"):
         (folder / name).write_text((migrations_folder() / name).read_text())
     broken = (migrations_folder() / "versions/0002_composite_view.py").read_text()
     (folder / "versions" / "0002_broken.py").write_text(broken.replace("FROM composites", "FROM nowhere.at_all"))

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -10,13 +11,18 @@ from tailorstore.catalog.takeover import plan_lines
 from tailorstore.domain.errors import CorruptDocumentError, RefNotFoundError, RootTakenError
 from tailorstore.domain.names import new_id
 from tailorstore.domain.records import Binding, CommitManifest
-from tests.catalog.kit import announce, at, commit, commit_light, publish, steps
+from tests.catalog.kit import announce, at, commit, commit_light, measured, publish, steps, version
 
 
 def manifests_of(store: StoreCatalog) -> list[CommitManifest]:
     """Return what the root would hold, oldest first."""
     found = sorted(store.inventory().commits().values(), key=lambda one: one.created_at)
-    return [CommitManifest(store.binding(), one, store.composite(one.id).versions) for one in found]
+    binding = store.binding()
+    composites = {one.id: store.composite(one.id) for one in found}
+    return [
+        CommitManifest(binding, one, composites[one.id].versions, composites[one.id].bases, store.measures_of(one.id))
+        for one in found
+    ]
 
 
 def rebuild(catalog: Catalog, store: StoreCatalog, manifests: list[CommitManifest] | None = None) -> StoreCatalog:
@@ -96,8 +102,36 @@ def test_a_light_version_without_its_base_changes_nothing(catalog: Catalog, stor
     base = commit(store, 1)
     commit_light(store, 2, "a", base.id)
     with pytest.raises(CorruptDocumentError, match="layer 'a'"):
-        rebuild(catalog, store, manifests_of(store)[1:])
+        rebuild(catalog, store, [replace(one, bases={}) for one in manifests_of(store)[1:]])
     assert steps(store) == [2, 1]
+
+
+def test_bases_whose_commits_are_gone_come_back_with_the_light_versions(catalog: Catalog, store: StoreCatalog) -> None:
+    first = publish(store, announce(store, 1), ["a", "b"], {"a": measured(1)})
+    second = commit(store, 2, ["b"])
+    third = commit_light(store, 3, "a", first.id)
+    fourth = publish(store, (draft := announce(store, 4)), [version("b", draft.id, 4, second.id)], {"b": measured(4)})
+    fifth = publish(store, (draft := announce(store, 5)), [version("a", draft.id, 5, first.id)], {"a": measured(5)})
+    store.expire([first.id, second.id, third.id])
+    store.bury(store.doomed(timedelta(0)))
+    before = (store.stats(), store.measures("main"), [store.composite(one.id) for one in (fourth, fifth)])
+    kept = {(one.layer, one.version_id): one for one in store.live_versions()}
+    assert set(before[2][1].bases) == {"a", "b"}
+    again = rebuild(catalog, store)
+    assert (again.stats(), again.measures("main"), [again.composite(one.id) for one in (fourth, fifth)]) == before
+    assert {(one.layer, one.version_id): one for one in again.live_versions()} == kept
+    # And they are bases as before: alive as long as they are needed, and no longer.
+    last = commit(again, 6, ["b"])
+    again.expire([fourth.id, fifth.id])
+    alive = {(one.layer, one.version_id) for one in again.live_versions()}
+    assert alive == {("@extra", last.id), ("b", last.id), ("a", fifth.id), ("a", first.id)}
+
+
+def test_measures_that_the_catalog_knew_besides_are_forgotten(catalog: Catalog, store: StoreCatalog) -> None:
+    first = publish(store, announce(store, 1), ["a"], {"a": measured(1)})
+    (manifest,) = manifests_of(store)
+    again = rebuild(catalog, store, [replace(manifest, measures={"b": measured(2)})])
+    assert again.measures_of(first.id) == {"b": measured(2)}
 
 
 def test_gaps_of_expired_parents_do_not_break_the_log(catalog: Catalog, store: StoreCatalog) -> None:

@@ -251,6 +251,72 @@ def test_a_light_version_needs_a_base_that_is_alive(store: StoreCatalog) -> None
     assert steps(store) == [2, 1]
 
 
+def test_one_layers_version_is_no_base_of_another(store: StoreCatalog) -> None:
+    base = commit(store, 1, ["a"])
+    commit(store, 2, ["b"])
+    with pytest.raises(InvalidInputError, match="layer 'b'"):
+        commit_light(store, 3, "b", base.id)
+    assert steps(store) == [2, 1]
+
+
+def test_fidelity_and_base_go_together(store: StoreCatalog) -> None:
+    base = commit(store, 1, ["a"])
+    draft = announce(store, 2)
+    with pytest.raises(InvalidInputError, match=r"layer 'a'.* is a light version with no base"):
+        publish(store, draft, [replace(version("a", draft.id, 2), fidelity="light")])
+    with pytest.raises(InvalidInputError, match=rf"layer 'a'.* is a full version with the base {base.id}"):
+        publish(store, draft, [replace(version("a", draft.id, 2), base_id=base.id)])
+    assert steps(store) == [1]
+
+
+def test_an_error_that_is_no_number_is_stored_as_unknown(store: StoreCatalog) -> None:
+    base = commit(store, 1, ["a", "b"])
+    draft = announce(store, 2)
+    light = [
+        replace(version("a", draft.id, 2, base.id), error=math.nan),
+        replace(version("b", draft.id, 2, base.id), error=math.inf),
+    ]
+    publish(store, draft, light)
+    assert [at(store, 2).versions[name].error for name in ("a", "b")] == [None, None]
+
+
+def test_a_base_that_gc_doomed_meanwhile_is_refused(store: StoreCatalog) -> None:
+    first, _ = commit(store, 1), commit(store, 2)
+    draft = announce(store, 3)
+    # Not what the pending commit's parent holds, so nothing protects it.
+    store.expire([first.id])
+    with pytest.raises(InvalidInputError, match=f"{first.id} is not a full version that is alive"):
+        publish(store, draft, [version("a", draft.id, 3, first.id)])
+    assert steps(store) == [2]
+
+
+def test_gc_and_a_light_commit_at_once_never_part_a_version_from_its_base(store: StoreCatalog) -> None:
+    for step in range(0, 40, 4):
+        base, newer = commit(store, step), commit(store, step + 1)
+        draft = announce(store, step + 2)
+        start = threading.Barrier(2)
+
+        def collect(start: threading.Barrier = start, base: Commit = base) -> int:
+            start.wait(10)
+            return store.expire([base.id]).versions_doomed
+
+        with ThreadPoolExecutor(1) as pool:
+            collected = pool.submit(collect)
+            start.wait(10)
+            try:
+                publish(store, draft, [version("a", draft.id, step + 2, base.id)])
+                published = True
+            except InvalidInputError:
+                published = False
+                store.abandon(draft.id)
+            collected.result()
+        alive = {(one.layer, one.version_id) for one in store.live_versions()}
+        assert (("a", base.id) in alive) is published
+        held = at(store, "latest")
+        assert held.commit.id == (draft.id if published else newer.id)
+        assert set(held.bases) == ({"a"} if published else set())
+
+
 def test_a_store_that_was_taken_over_refuses_its_old_writers(catalog: Catalog, store: StoreCatalog) -> None:
     draft = announce(store, 1)
     again = catalog.take_over(Binding("store-1", catalog.catalog_id, 2), "s3://b/moved", [], {}, {})

@@ -47,7 +47,6 @@ def test_a_strategy_is_asked_with_what_it_needs_to_know() -> None:
     [
         (["h.11"], r"unknown layer 'h\.11'.*nearest: 'h\.1"),
         (["x.*"], r"'x\.\*' matches no layer"),
-        ({"h.1": "light"}, "full versions only"),
         ({"h.1": 2}, "mask value"),
         ([3], "holds layer names"),
         (7, "a mask is None"),

@@ -13,7 +13,7 @@ from tailorstore.domain.errors import ExtraStateError, InvalidInputError
 from tailorstore.domain.names import LayerRule, escape
 from tailorstore.domain.records import EXTRA_LAYER
 from tailorstore.engine.tensors.memory import check_storable, nbytes
-from tailorstore.engine.tensors.packing import Arrays, Packer
+from tailorstore.engine.tensors.packing import Arrays, Packer, unpack
 
 OPTIM_FOLDER = "@optim/"
 STATE_FOLDER = "@state/"
@@ -55,6 +55,32 @@ class Capture:
     """Per optimizer, the name of its class; ``None`` for a state dict."""
     shared_arrays: Arrays = field(default_factory=dict)
     """Arrays of ``param_groups`` and ``shared``: they go into ``@extra``."""
+
+
+def weights_of(layer: LayerCapture) -> dict[str, str]:
+    """Return array path → name of a layer's parameters and buffers."""
+    return {value["$array"]: name for kind in ("params", "buffers") for name, value in layer.content[kind].items()}
+
+
+def slots_of(layer: LayerCapture) -> dict[str, tuple[str, str]]:
+    """Return array path → (parameter, slot) of those optimizer slots that are arrays."""
+    return {
+        value["$array"]: (name, slot)
+        for name, slots in layer.content["optim"].items()
+        for slot, value in slots.items()
+        if isinstance(value, dict) and value.keys() == {"$array"}
+    }
+
+
+def learning_rate(captured: Capture) -> float | None:
+    """Return the greatest learning rate of any parameter group; ``None`` where there is none."""
+    rates = []
+    for group in [group for groups in captured.param_groups if isinstance(groups, list) for group in groups]:
+        packed = group.get("lr") if isinstance(group, dict) else None
+        rate = unpack(packed, captured.shared_arrays.__getitem__)
+        if isinstance(rate, int | float) or (isinstance(rate, torch.Tensor) and rate.numel() == 1):
+            rates.append(float(rate))
+    return max(rates, default=None)
 
 
 def unwrap(model: Model) -> Model:

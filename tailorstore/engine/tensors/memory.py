@@ -39,6 +39,11 @@ def dtype_name(dtype: torch.dtype, owner: str) -> str:
         raise InvalidInputError(msg) from None
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Return torch's name of any dtype, without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_storable(tensor: torch.Tensor, owner: str) -> None:
     """Refuse tensors whose elements are not plain strided memory.
 

@@ -1,0 +1,1 @@
+"""Light versions: layers as quantised differences to a full version of themselves."""

@@ -1,0 +1,235 @@
+"""Making a layer light: which tensor is coded how, and the coding itself, piece by piece on several threads."""
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tailorstore.domain.light import BASED, Coding, LightSettings, LightTable, LightTensor
+from tailorstore.engine.tensors.capture import LayerCapture, slots_of, weights_of
+from tailorstore.engine.tensors.elements import (
+    any_negative,
+    elements_of,
+    is_rounding_of,
+    sample_blocks,
+    tensor_of,
+)
+from tailorstore.engine.tensors.memory import Tensor, name_of
+from tailorstore.storage import quantise
+from tailorstore.storage.light import CODED_DTYPES, CODES, EXACT, LOGARITHMIC, SCALES
+from tailorstore.storage.threads import Job, in_turn
+
+_PIECE = 16 * quantise.SLICE
+_SAMPLE_BLOCKS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedLayer:
+    """A layer as a light version holds it."""
+
+    capture: LayerCapture
+    """Its skeleton as it is, its arrays those of the light version."""
+    table: LightTable
+    error: float
+    """Relative L2 error of its weights."""
+
+
+@dataclass(slots=True)
+class _Coded:
+    """One tensor while it is coded."""
+
+    tensor: LightTensor
+    is_weight: bool
+    codes: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+    words: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+    @property
+    def error(self) -> float:
+        if not math.isfinite(self.squared_error) or not math.isfinite(self.squared_norm):
+            return math.inf
+        if self.squared_norm == 0:
+            return 0.0 if self.squared_error == 0 else math.inf
+        return math.sqrt(self.squared_error / self.squared_norm)
+
+
+class LayerEncoder:
+    """Codes one layer. Its jobs may run on any threads; the last calls ``done`` and returns what that returns."""
+
+    def __init__(
+        self,
+        capture: LayerCapture,
+        base: Mapping[str, Tensor],
+        settings: LightSettings,
+        codings: Mapping[str, Coding],
+        done: Callable[[EncodedLayer], Iterable[Job]],
+    ) -> None:
+        """Take what is to be coded.
+
+        Args:
+            capture: live or staged tensors; they must not change until the last job has ended.
+            base: elements of the base, by array path, in the dtypes that the tensors have now.
+            settings: bits, blocks and bounds.
+            codings: how slots were coded by the version before on the same base; keeping to it saves reading the base.
+            done: is given the result.
+        """
+        self._capture = capture
+        self._base = base
+        self._settings = settings
+        self._codings = codings
+        self._done = done
+        self._weights = set(weights_of(capture))
+        self._coded: dict[str, _Coded] = {}
+        self._lock = threading.Lock()
+
+    def jobs(self) -> list[Job]:
+        """Return the jobs that code the layer."""
+        jobs: list[Job] = []
+        for path, tensor in self._describe().items():
+            self._coded[path] = coded = _Coded(tensor, path in self._weights)
+            if tensor.bits:
+                count = tensor.elements
+                coded.codes = np.empty(quantise.packed_bytes(count, tensor.bits, self._settings.block), np.uint8)
+                logarithmic = tensor.coding in LOGARITHMIC
+                words = quantise.scale_words(count, self._settings.block, logarithmic=logarithmic)
+                coded.words = np.empty(words, np.uint16)
+                jobs += [self._piece(path, low, min(low + _PIECE, count)) for low in range(0, count, _PIECE)]
+        return in_turn(jobs, self._finish)
+
+    def _describe(self) -> dict[str, LightTensor]:
+        """Decide how each tensor is coded."""
+        slots = slots_of(self._capture)
+        masters = self._masters(slots)
+        self._weights |= set(masters.values())
+        return {
+            path: self._choose(path, live, slots.get(path, ("", ""))[1], masters.get(path))
+            for path, live in self._capture.arrays.items()
+        }
+
+    def _masters(self, slots: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+        """Return 16-bit weight → the slot that it is exactly the rounding of."""
+        arrays, names = self._capture.arrays, weights_of(self._capture)
+        found: dict[str, str] = {}
+        for path, name in names.items():
+            for slot, (owner, _) in slots.items():
+                if owner == name and path not in found and is_rounding_of(arrays[path], arrays[slot]):
+                    found[path] = slot
+        return found
+
+    def _choose(self, path: str, live: Tensor, slot: str, master: str | None) -> LightTensor:
+        dtype, shape = name_of(live.dtype), tuple(live.shape)
+        exact = LightTensor(dtype, shape, "exact")
+        if dtype not in CODED_DTYPES or live.numel() < self._settings.exact_below:
+            return exact
+        if master is not None:
+            return LightTensor(dtype, shape, "rounded", of=master)
+        base = self._base.get(path)
+        if path in self._weights:
+            bits = self._settings.weight_bits
+            return exact if base is None else LightTensor(dtype, shape, "difference", bits)
+        if not slot:
+            return exact
+        kept = self._codings.get(path)
+        usable = kept is not None and (base is not None or kept not in BASED)
+        coding = kept if usable and kept is not None else _better_coding(live, base, self._settings.block)
+        return exact if coding == "exact" else LightTensor(dtype, shape, coding, self._settings.bits_of_slot(slot))
+
+    def _piece(self, path: str, low: int, high: int) -> Job:
+        def job() -> None:
+            coded = self._coded[path]
+            tensor, block = coded.tensor, self._settings.block
+            live = elements_of(self._capture.arrays[path], low, high)
+            base = elements_of(self._base[path], low, high) if tensor.coding in BASED else None
+            logarithmic = tensor.coding in LOGARITHMIC
+            encode = quantise.encode_log if logarithmic else quantise.encode_linear
+            squared_error = squared_norm = 0.0
+            with np.errstate(invalid="ignore", over="ignore"):
+                for at in range(low, high, quantise.SLICE):
+                    end = min(at + quantise.SLICE, high)
+                    codes = slice(*(quantise.packed_bytes(n, tensor.bits, block) for n in (at, end)))
+                    words = slice(*(quantise.scale_words(n, block, logarithmic=logarithmic) for n in (at, end)))
+                    part = quantise.widened(live[at - low : end - low], tensor.dtype)
+                    of = None if base is None else quantise.widened(base[at - low : end - low], tensor.dtype)
+                    error, norm = encode(part, of, tensor.bits, block, coded.codes[codes], coded.words[words])
+                    squared_error += error
+                    squared_norm += norm
+            with self._lock:
+                coded.squared_error += squared_error
+                coded.squared_norm += squared_norm
+
+        return job
+
+    def _finish(self) -> Iterable[Job]:
+        for coded in self._coded.values():
+            tensor = coded.tensor
+            bound = self._settings.max_weight_error if coded.is_weight else self._settings.max_slot_error
+            if tensor.bits and not coded.error <= bound:
+                coded.tensor = LightTensor(tensor.dtype, tensor.shape, "exact")
+        table, arrays = self._lay_out()
+        weights = [coded for coded in self._coded.values() if coded.is_weight and coded.tensor.coding != "exact"]
+        norm = sum(coded.squared_norm for coded in weights)
+        error = math.sqrt(sum(coded.squared_error for coded in weights) / norm) if norm else 0.0
+        capture = replace(self._capture, arrays=arrays)
+        return self._done(EncodedLayer(capture, table, error))
+
+    def _lay_out(self) -> tuple[LightTable, dict[str, Tensor]]:
+        """Put the tensors' codes one behind the other, those that are alike together: they compress better so."""
+        parts: dict[str, list[npt.NDArray[Any]]] = {CODES: [], SCALES: [], EXACT: []}
+        sizes = dict.fromkeys(parts, 0)
+        tensors: dict[str, LightTensor] = {}
+
+        def place(array: str, part: npt.NDArray[Any]) -> int:
+            at = sizes[array]
+            parts[array].append(part)
+            sizes[array] += part.size
+            return at
+
+        for path, coded in sorted(self._coded.items(), key=lambda item: (item[1].tensor.coding, item[1].tensor.bits)):
+            tensor = coded.tensor
+            if tensor.coding == "exact":
+                live = self._capture.arrays[path]
+                raw = elements_of(live, 0, tensor.elements).view(np.uint8)
+                tensor = replace(tensor, codes_at=place(EXACT, raw))
+            elif tensor.bits:
+                tensor = replace(tensor, codes_at=place(CODES, coded.codes), scales_at=place(SCALES, coded.words))
+            tensors[path] = replace(tensor, error=0.0 if tensor.coding == "exact" else float(f"{coded.error:.4g}"))
+        arrays = {path: tensor_of(np.concatenate(found)) for path, found in parts.items() if found}
+        ordered = {path: tensors[path] for path in self._capture.arrays}
+        return LightTable(self._settings.block, ordered), arrays
+
+
+def _better_coding(live: Tensor, base: Tensor | None, block: int) -> Coding:
+    """Return how a slot is coded with the least error, as a sample of its blocks tells."""
+    values = sample_blocks(live, block, _SAMPLE_BLOCKS)
+    others = None if base is None else sample_blocks(base, block, _SAMPLE_BLOCKS)
+    if others is not None and not np.isfinite(others).all():
+        others = None
+    if not np.isfinite(values).all():
+        return "exact"
+    # What is never negative is taken for a second moment.
+    if (values >= 0).all() and not any_negative(live):
+        if others is None or (others < 0).any():
+            return "log"
+        with np.errstate(divide="ignore"):
+            logs = np.where(values > 0, np.log2(values), np.nan)
+            ratios = logs - np.where(others > 0, np.log2(others), 0)
+        return "ratio" if _mean_range(ratios) < _mean_range(logs) else "log"
+    if others is None:
+        return "value"
+    return "difference" if _mean_peak(values - others) < _mean_peak(values) else "value"
+
+
+def _mean_peak(rows: npt.NDArray[np.float64]) -> float:
+    """Return what the error of linear codes goes with."""
+    return float(np.mean(np.abs(rows).max(axis=1) ** 2))
+
+
+def _mean_range(logs: npt.NDArray[np.float64]) -> float:
+    """Return what the error of logarithmic codes goes with; NaN stands for zeros, which cost nothing."""
+    known = logs[~np.isnan(logs).all(axis=1)]
+    return float(np.mean((np.nanmax(known, axis=1) - np.nanmin(known, axis=1)) ** 2)) if known.size else 0.0

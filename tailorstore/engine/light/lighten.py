@@ -1,0 +1,68 @@
+"""From a layer and its base to the light version: read what of the base is needed, then code."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from tailorstore.domain.light import BASED, Coding
+from tailorstore.engine.light.bases import BaseCache
+from tailorstore.engine.light.encode import EncodedLayer, LayerEncoder
+from tailorstore.engine.plan import LightPlan
+from tailorstore.engine.read import StoredArray, array_jobs
+from tailorstore.engine.tensors.capture import LayerCapture, slots_of, weights_of
+from tailorstore.engine.tensors.memory import empty_host, name_of
+from tailorstore.storage.light import CODED_DTYPES
+from tailorstore.storage.threads import Job, in_turn
+from tailorstore.storage.transport import Objects
+
+
+def lightening_jobs(
+    objects: Objects,
+    layer: LayerCapture,
+    plan: LightPlan,
+    bases: BaseCache,
+    done: Callable[[EncodedLayer], Iterable[Job]],
+) -> list[Job]:
+    """Return the jobs that code a layer.
+
+    Args:
+        objects: the root.
+        layer: live or staged.
+        plan: base and settings.
+        bases: gives what of the base is in memory, and is given what later versions on the same base will need.
+        done: is given the result, and returns the jobs that write it.
+    """
+    codings = _codings(plan)
+    held = dict(bases.get(layer.name, plan.base.version_id))
+    wanted = {
+        path: empty_host(tuple(tensor.shape), name_of(tensor.dtype))
+        for path, tensor in layer.arrays.items()
+        if path not in held and _may_need_base(layer, path, plan, codings)
+    }
+    base = {**held, **wanted}
+
+    def finish(encoded: EncodedLayer) -> Iterable[Job]:
+        used = {path: base[path] for path, tensor in encoded.table.tensors.items() if tensor.coding in BASED}
+        bases.put(layer.name, plan.base.version_id, used)
+        return done(encoded)
+
+    encoder = LayerEncoder(layer, base, plan.settings, codings, finish)
+    reads = [(StoredArray(plan.base, plan.document.arrays[path]), target) for path, target in wanted.items()]
+    return in_turn(array_jobs(objects, reads), encoder.jobs)
+
+
+def _codings(plan: LightPlan) -> dict[str, Coding]:
+    """Return how the version before on the same base coded its slots."""
+    if plan.previous is None or plan.previous.light is None:
+        return {}
+    tensors = plan.previous.light.tensors
+    return {path: tensor.coding for path, tensor in tensors.items() if tensor.coding not in ("exact", "rounded")}
+
+
+def _may_need_base(layer: LayerCapture, path: str, plan: LightPlan, codings: Mapping[str, Coding]) -> bool:
+    tensor = layer.arrays[path]
+    coded = name_of(tensor.dtype) in CODED_DTYPES and tensor.numel() >= plan.settings.exact_below
+    kept = path not in plan.document.arrays or plan.document.arrays[path].spec.shape != tuple(tensor.shape)
+    if not coded or kept:
+        return False
+    if path in weights_of(layer):
+        return True
+    return path in slots_of(layer) and codings.get(path, "difference") in BASED

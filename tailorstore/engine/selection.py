@@ -1,0 +1,202 @@
+"""What a mask is decided upon: how layers moved, how old they are, what they would cost; and what was learnt of it.
+
+A selector belongs to one branch in one process. What must outlast the process goes into ``@extra`` of every commit.
+"""
+
+import copy
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tailorstore.domain.importance import Importance
+from tailorstore.domain.light import LightSettings
+from tailorstore.domain.mask import LayerState, MaskContext
+from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
+from tailorstore.engine.tensors.capture import Capture, LayerCapture, learning_rate, slots_of
+from tailorstore.engine.tensors.measures import Gauge, Samples
+from tailorstore.engine.tensors.memory import Tensor, name_of, nbytes
+from tailorstore.storage.light import CODED_DTYPES
+
+STATE = "selection"
+"""Key in the skeleton of ``@extra``."""
+
+_ENTROPY = 0.85
+"""What entropy coding leaves of codes, roughly."""
+_SCALES_BITS = 0.25
+
+ReadWeights = Callable[[Composite, Iterable[str]], Mapping[str, Mapping[str, Tensor]]]
+"""Reads some layers' stored parameters: layer → name → host tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What was found before a commit."""
+
+    context: MaskContext
+    measures: Mapping[str, LayerMeasures]
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a commit is to write, and what the selector goes on with once it is published."""
+
+    due: Mapping[str, Fidelity]
+    measures: Mapping[str, LayerMeasures]
+    samples: Samples
+    importance: Importance
+    number: int
+    """Which commit of the branch it is, from 0."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is kept in ``@extra``; JSON data."""
+        return {"number": self.number, "importance": self.importance.state()}
+
+
+@dataclass(slots=True)
+class Selector:
+    """Looks at the layers before each commit, and learns from what was written. Not thread-safe."""
+
+    settings: LightSettings
+    steps: Callable[[], list[int]]
+    """Asks the catalog for the steps of the branch's newest commits, newest first."""
+    read_weights: ReadWeights
+    gauge: Gauge = field(default_factory=Gauge)
+    _importance: Importance = field(default_factory=Importance)
+    _number: int = 0
+    _history: list[int] = field(default_factory=list)
+    """Steps of the branch's commits, growing."""
+    _head_id: str | None = None
+    """The commit that all this follows."""
+    _unchanged: dict[str, int] = field(default_factory=dict)
+    """Layer → step at which it was last found to be what is stored."""
+    _committed_at: float | None = None
+
+    def look(
+        self,
+        captured: Capture,
+        branch: str,
+        step: int,
+        head: Composite | None,
+        documents: Mapping[str, LayerDocument],
+    ) -> Outlook:
+        """Measure every layer and gather what is known of it.
+
+        Args:
+            captured: the live state.
+            branch: to be committed on.
+            step: to be committed.
+            head: the branch's newest composite; ``None`` before its first commit.
+            documents: of its layers.
+
+        Raises:
+            MissingObjectError, DigestMismatchError: this process sees the branch for the first time, and stored
+                weights that layers are to be compared with are damaged.
+        """
+        self._follow(head, documents)
+        if head is not None:
+            unknown = [name for name in captured.layers if name in head.versions and not self.gauge.knows(name)]
+            for name, weights in self.read_weights(head, unknown).items():
+                self.gauge.seed(name, weights)
+        measures = self.gauge.measure(captured)
+        layers = {name: self._state(layer, step, head, measures[name]) for name, layer in captured.layers.items()}
+        since = None if self._committed_at is None else time.monotonic() - self._committed_at
+        context = MaskContext(branch, step, layers, captured.tied, self._number, since)
+        rate = learning_rate(captured)
+        predicted = self._importance.predict(context, rate)
+        if predicted is not None:
+            layers |= {name: replace(layers[name], importance=value) for name, value in predicted.items()}
+        return Outlook(context, measures, rate)
+
+    def decide(self, outlook: Outlook, captured: Capture, due: Mapping[str, Fidelity]) -> Decision:
+        """Take what is needed of the layers that are about to be written; changes nothing yet."""
+        importance = copy.copy(self._importance)
+        importance.observe(outlook.context, due, outlook.learning_rate)
+        samples = self.gauge.sample(captured, due)
+        return Decision(due, outlook.measures, samples, importance, self._number)
+
+    def published(self, decision: Decision, commit: Commit, unchanged: Iterable[str]) -> None:
+        """Go on from a commit that was published.
+
+        Args:
+            decision: that led to it.
+            commit: as published.
+            unchanged: layers that were due, and found to be what is stored.
+        """
+        self.gauge.keep(decision.samples)
+        self._importance = decision.importance
+        self._number = decision.number + 1
+        self._history.append(commit.step)
+        self._head_id = commit.id
+        for name in commit.layers_written:
+            self._unchanged.pop(name, None)
+        self._unchanged |= dict.fromkeys(unchanged, commit.step)
+        self._committed_at = time.monotonic()
+
+    def _follow(self, head: Composite | None, documents: Mapping[str, LayerDocument]) -> None:
+        """Take up the branch where its head is, unless that is where this selector left it."""
+        if head is None or head.commit.id == self._head_id:
+            return
+        state = documents[EXTRA_LAYER].content.get(STATE) if EXTRA_LAYER in documents else None
+        kept: Mapping[str, Any] = state if isinstance(state, dict) else {}
+        number = kept.get("number")
+        self._history = sorted(self.steps())
+        self._number = number + 1 if type(number) is int else len(self._history)
+        self._importance = Importance(kept.get("importance"))
+        self._head_id = head.commit.id
+        self._unchanged.clear()
+        self._committed_at = None
+        # Somebody else has written since: what layers were compared with is not what is stored any more.
+        for name in head.versions:
+            self.gauge.forget(name)
+
+    def _state(self, layer: LayerCapture, step: int, head: Composite | None, measures: LayerMeasures) -> LayerState:
+        light = self._light_bytes(layer)
+        version = head.versions.get(layer.name) if head else None
+        if head is None or version is None:
+            return LayerState(layer.name, layer.nbytes, None, bytes_full=layer.nbytes, bytes_light=light)
+        base = version if version.fidelity == "full" else head.bases[layer.name]
+        base_age = self._commits_since(base.step)
+        current = max(version.step, self._unchanged.get(layer.name, version.step))
+        return LayerState(
+            name=layer.name,
+            bytes_logical=layer.nbytes,
+            source_step=version.step,
+            fidelity=version.fidelity,
+            current_step=current,
+            commits_since=self._commits_since(current),
+            base_step=base.step,
+            base_commits_since=base_age,
+            error=version.error,
+            due_full=self._is_due(version.error, base_age + 1, step - base.step),
+            bytes_full=base.bytes_stored,
+            bytes_light=version.bytes_stored if version.fidelity == "light" else light,
+            measures=measures,
+        )
+
+    def _is_due(self, error: float | None, base_commits: int, base_steps: int) -> bool:
+        settings = self.settings
+        return (
+            (error is not None and error > settings.due_error)
+            or (settings.max_base_commits is not None and base_commits > settings.max_base_commits)
+            or (settings.max_base_steps is not None and base_steps > settings.max_base_steps)
+        )
+
+    def _commits_since(self, step: int) -> int:
+        return len(self._history) - bisect_right(self._history, step)
+
+    def _light_bytes(self, layer: LayerCapture) -> int:
+        """Return what a light version of a layer takes, roughly."""
+        slots = slots_of(layer)
+        bits = 0.0
+        for path, tensor in layer.arrays.items():
+            if name_of(tensor.dtype) not in CODED_DTYPES or tensor.numel() < self.settings.exact_below:
+                bits += 8 * nbytes(tensor)
+                continue
+            _, slot = slots.get(path, ("", ""))
+            each = self.settings.bits_of_slot(slot) if slot else self.settings.weight_bits
+            bits += (each * _ENTROPY + _SCALES_BITS) * tensor.numel()
+        return int(bits / 8)

@@ -1,0 +1,243 @@
+"""The arithmetic of light versions: blocks of elements as small codes with a scale a block. Pure NumPy, no I/O.
+
+Linear codes are for weights and signed moments: an element is ``scale × code``, with codes between -L and L and
+L = 2^(bits-1) - 1. Logarithmic codes are for second moments, of which the logarithm matters (an update divides by their
+root): an element is a power of two, and a small one never becomes zero; zero has a code of its own. Linear codes would
+round small second moments to zero, and the updates that divide by them would explode (arXiv 2309.01507).
+
+All arithmetic is on slices that fit a core's cache. Decoding uses nothing but additions and multiplications of IEEE
+numbers, integers and one table, so every machine restores the same bits.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint16]
+
+SLICE = 1 << 16
+"""Elements worked on at once; a multiple of every block size."""
+
+_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}
+"""Bits that a code takes before entropy coding. Codes of three bits take four: whole codes in a byte compress to
+their entropy, codes that straddle bytes do not."""
+
+_CLIP = {2: 1.5, 3: 3.0}
+"""With few levels, where the scale ends, in root mean squares of the block: it errs less than the greatest element."""
+
+_FRACTION = 1024
+"""Steps to an octave of logarithmic codes."""
+_OFFSET_STEP = 16
+"""Steps to a unit of a block's offset, which then fits 16 bits."""
+_POWERS = np.array([2.0 ** (step / _FRACTION) for step in range(_FRACTION)], dtype=np.float64)
+
+
+def packed_bytes(elements: int, bits: int, block: int) -> int:
+    """Return how many bytes the codes of a tensor take before compression."""
+    return -(-elements // block) * block * _WIDTH[bits] // 8
+
+
+def scale_words(elements: int, block: int, *, logarithmic: bool) -> int:
+    """Return how many 16-bit words the scales of a tensor take."""
+    return -(-elements // block) * (2 if logarithmic else 1)
+
+
+def encode_linear(
+    x: FloatArray, base: FloatArray | None, bits: int, block: int, codes: Bytes, words: Words
+) -> tuple[float, float]:
+    """Code a slice's difference to its base, or, without base, its values.
+
+    Args:
+        x: at most :data:`SLICE` elements, float32 or float64, finite.
+        base: as many of the same dtype, or ``None``.
+        bits: 2, 3, 4 or 8.
+        block: elements that share a scale.
+        codes: filled with packed codes; ``packed_bytes`` of the slice.
+        words: filled with a bfloat16 for each block.
+
+    Returns:
+        Sums over the slice of squared errors and of squared elements of ``x``; not finite where it cannot be coded.
+    """
+    d = _padded(x if base is None else x - base, block)
+    levels = (1 << (bits - 1)) - 1
+    t = np.abs(d)
+    peaks = np.maximum.reduceat(t, np.arange(0, t.size, block)).astype(np.float32)
+    if bits in _CLIP:
+        rows = d.reshape(-1, block)
+        rms = np.sqrt(np.einsum("ij,ij->i", rows, rows) / block).astype(np.float32)
+        np.minimum(peaks, np.float32(_CLIP[bits]) * rms, out=peaks)
+    # Rounded up, so that no code passes the last level.
+    words[:] = ((peaks * np.float32(1 / levels)).view(np.uint32) + np.uint32(0xFFFF)) >> 16
+    scales = _bfloat16(words).astype(d.dtype)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(scales > 0, 1 / scales, 0).astype(d.dtype)
+    inverse[~np.isfinite(inverse)] = 0
+    np.multiply(d.reshape(-1, block), inverse[:, None], out=t.reshape(-1, block))
+    np.add(t, t.dtype.type(levels + 0.5), out=t)
+    if bits in _CLIP:
+        np.clip(t, 0, 2 * levels + 0.5, out=t)
+    u = t.astype(np.uint8)
+    _pack(u, bits, block, codes)
+    np.subtract(u, t.dtype.type(levels), out=t)
+    rows = t.reshape(-1, block)
+    np.multiply(rows, scales[:, None], out=rows)
+    np.subtract(d, t, out=t)
+    errors = t[: x.size]
+    return float(np.dot(errors, errors)), float(np.dot(x, x))
+
+
+def decode_linear(codes: Bytes, words: Words, bits: int, block: int, base: FloatArray | None, out: FloatArray) -> None:
+    """Undo :func:`encode_linear`.
+
+    Args:
+        codes: of a slice.
+        words: of the same slice.
+        bits: as coded.
+        block: as coded.
+        base: as many elements as ``out``, or ``None``; may be ``out`` itself.
+        out: filled; float32 or float64.
+    """
+    levels = (1 << (bits - 1)) - 1
+    t = _unpack(codes, bits, block).astype(np.float32)
+    np.subtract(t, np.float32(levels), out=t)
+    rows = t.reshape(-1, block)
+    np.multiply(rows, _bfloat16(words)[:, None], out=rows)
+    if base is None:
+        out[:] = t[: out.size]
+    else:
+        np.add(base, t[: out.size], out=out)
+
+
+def encode_log(
+    x: FloatArray, base: FloatArray | None, bits: int, block: int, codes: Bytes, words: Words
+) -> tuple[float, float]:
+    """Code the logarithms of a slice of non-negative elements, or of their ratios to a base.
+
+    Args:
+        x: as for :func:`encode_linear`, none negative.
+        base: as many non-negative elements, or ``None``; where it is zero, the value itself is coded.
+        bits: 2, 3, 4 or 8; one code stands for zero.
+        block: elements that share an offset and a step.
+        codes: filled with packed codes.
+        words: filled with two words for each block.
+
+    Returns:
+        Sum over the slice of squared relative errors, and the number of elements; the first is not finite where an
+        element is out of the range of the codes.
+    """
+    values = _padded(x, block)
+    zero = values == 0
+    with np.errstate(divide="ignore"):
+        logs = np.log2(values)
+        if base is not None:
+            padded = _padded(base, block)
+            np.subtract(logs, np.log2(padded), out=logs, where=padded > 0)
+    logs *= _FRACTION
+    starts = np.arange(0, logs.size, block)
+    some_zero = bool(zero.any())
+    low = np.minimum.reduceat(np.where(zero, np.inf, logs) if some_zero else logs, starts)
+    high = np.maximum.reduceat(logs, starts)
+    if some_zero:
+        nothing = high == -np.inf
+        low[nothing] = high[nothing] = 0
+    offsets = np.floor(low / _OFFSET_STEP)
+    last = (1 << bits) - 2
+    steps = np.ceil((high - offsets * _OFFSET_STEP) / last)
+    if offsets.min() < -32768 or offsets.max() > 32767 or steps.max() > 65535:
+        return float("inf"), float(x.size)
+    pairs = words.reshape(-1, 2)
+    pairs[:, 0] = offsets.astype(np.int16).view(np.uint16)
+    pairs[:, 1] = steps.astype(np.uint16)
+    rows = logs.reshape(-1, block)
+    rows -= (offsets * _OFFSET_STEP).astype(logs.dtype)[:, None]
+    if some_zero:
+        logs[zero] = 0
+    inverse = np.where(steps > 0, 1 / np.maximum(steps, 1), 0).astype(logs.dtype)
+    q = np.rint(rows * inverse[:, None])
+    np.clip(q, 0, last, out=q)
+    rows -= q * steps.astype(logs.dtype)[:, None]
+    if some_zero:
+        logs[zero] = 0
+    errors = logs[: x.size] * logs.dtype.type(np.log(2) / _FRACTION)
+    u = q.astype(np.uint8).reshape(-1)
+    u += np.uint8(1)
+    if some_zero:
+        u[zero] = 0
+    _pack(u, bits, block, codes)
+    return float(np.dot(errors, errors)), float(x.size)
+
+
+def decode_log(codes: Bytes, words: Words, bits: int, block: int, base: FloatArray | None, out: FloatArray) -> None:
+    """Undo :func:`encode_log`; arguments as for :func:`decode_linear`."""
+    u = _unpack(codes, bits, block)
+    pairs = words.reshape(-1, 2)
+    offsets = pairs[:, 0].view(np.int16).astype(np.int32) * _OFFSET_STEP
+    e = u.astype(np.int32)
+    rows = e.reshape(-1, block)
+    rows -= 1
+    rows *= pairs[:, 1].astype(np.int32)[:, None]
+    rows += offsets[:, None]
+    powers = _POWERS.astype(out.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        t = np.ldexp(powers[e & (_FRACTION - 1)], e >> 10)[: out.size]
+        if base is not None:
+            t *= np.where(base > 0, base, out.dtype.type(1))
+    out[:] = t
+    out[u[: out.size] == 0] = 0
+
+
+def widened(raw: npt.NDArray[Any], dtype: str) -> FloatArray:
+    """Return elements as float32, or float64 if they are; ``raw`` of bfloat16 is its bits as uint16."""
+    if dtype == "bfloat16":
+        return _bfloat16(raw)
+    return raw if raw.dtype in (np.float32, np.float64) else raw.astype(np.float32)
+
+
+def narrowed(x: FloatArray, dtype: str, out: npt.NDArray[Any]) -> None:
+    """Round float32 or float64 elements to a dtype, to nearest even; ``out`` of bfloat16 is its bits as uint16."""
+    if dtype == "bfloat16":
+        bits = x.astype(np.float32, copy=False).view(np.uint32)
+        with np.errstate(over="ignore"):
+            out[:] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    else:
+        with np.errstate(over="ignore"):
+            out[:] = x
+
+
+def _bfloat16(words: Words) -> npt.NDArray[np.float32]:
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def _padded(x: FloatArray, block: int) -> FloatArray:
+    """Return elements filled up to whole blocks with the last one's value, which widens no block's range."""
+    missing = -x.size % block
+    return np.concatenate([x, np.full(missing, x[-1], x.dtype)]) if missing else x
+
+
+def _pack(u: Bytes, bits: int, block: int, out: Bytes) -> None:
+    """Pack codes: a byte takes codes that lie a part of the block apart, so that whole parts are packed at once."""
+    share = 8 // _WIDTH[bits]
+    if share == 1:
+        out[:] = u
+        return
+    part = block // share
+    rows, packed = u.reshape(-1, block), out.reshape(-1, part)
+    packed[:] = rows[:, :part]
+    for at in range(1, share):
+        packed |= rows[:, at * part : (at + 1) * part] * np.uint8(1 << (at * _WIDTH[bits]))
+
+
+def _unpack(codes: Bytes, bits: int, block: int) -> Bytes:
+    share = 8 // _WIDTH[bits]
+    if share == 1:
+        return codes
+    part = block // share
+    packed = codes.reshape(-1, part)
+    u = np.empty((packed.shape[0], block), np.uint8)
+    mask = np.uint8((1 << _WIDTH[bits]) - 1)
+    for at in range(share):
+        np.bitwise_and(packed >> np.uint8(at * _WIDTH[bits]), mask, out=u[:, at * part : (at + 1) * part])
+    return u.reshape(-1)
