@@ -5,7 +5,7 @@ TailorError
 ├─ NotFoundError (KeyError)        StoreNotFound · BucketNotFound · RefNotFound · LayerNotFound · BranchNotFound
 ├─ AlreadyExistsError              TagExists · BranchExists
 ├─ InvalidInputError (ValueError)  BadName · Mask · StepOrder · ModelMismatch · ExtraState · AmbiguousRef ·
-│                                 RestoreMismatch
+│                                 RestoreMismatch · BoundsExceeded
 ├─ ConflictError                   HeadMoved · LeaseExpired · RootTaken          → look again, then decide
 ├─ UnavailableError                StorageUnavailable · StorageFull · CatalogUnavailable → back off, retry
 ├─ AccessDeniedError (PermissionError)  credentials that storage or catalog refused
@@ -94,6 +94,14 @@ class AmbiguousRefError(InvalidInputError):
 
 class RestoreMismatchError(InvalidInputError):
     """A composite does not fit the model or optimizer; lists every difference. Nothing was changed."""
+
+
+class BoundsExceededError(InvalidInputError):
+    """A composite's layers are further from what the model was than the caller allows. Nothing was changed."""
+
+
+class CompositeWarning(UserWarning):
+    """The same, where the caller asked to be warned only."""
 
 
 class ConflictError(TailorError):

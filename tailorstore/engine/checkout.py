@@ -1,14 +1,17 @@
 """A composite checkpoint, checked out: one catalog query, no tensor bytes until they are asked for."""
 
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from tailorstore.domain.errors import InvalidInputError, LayerNotFoundError
+from tailorstore.domain.condition import Bounds, LayerCondition, conditions_of, shown
+from tailorstore.domain.errors import BoundsExceededError, CompositeWarning, InvalidInputError, LayerNotFoundError
 from tailorstore.domain.names import layer_component, version_prefix
-from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument
+from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
 from tailorstore.engine.contents import CompositeContents, paths_in, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
     from tailorstore.engine.tensors.lazy import LazyTensor
     from tailorstore.engine.tensors.memory import Tensor
+
+Observed = Callable[[], tuple[Sequence[int], Mapping[str, LayerMeasures]]]
 
 
 class LazyMapping(Mapping[str, Any]):
@@ -88,6 +93,7 @@ class Checkpoint:
         known: Mapping[str, LayerDocument] | None = None,
         release: Callable[[], None] | None = None,
         drop: Callable[[], None] | None = None,
+        observed: Observed | None = None,
     ) -> None:
         """Made by ``Store.checkout``.
 
@@ -97,11 +103,14 @@ class Checkpoint:
             known: documents that are in memory already.
             release: gives the lease back.
             drop: gives it back some time; for when the checkpoint is forgotten without being closed.
+            observed: asks the catalog for the steps of the branch's commits, and for what this one measured.
         """
         self._composite = composite
         self._objects = objects
         self._contents = CompositeContents(composite, objects, known)
         self._release = release
+        self._observed = observed
+        self._conditions: dict[str, LayerCondition] | None = None
         self._closed = False
         self._finalizer = weakref.finalize(self, drop) if drop else None
         self.model: Mapping[str, LazyTensor] = LazyMapping(self._contents.model_entries, f"model of step {self.step}")
@@ -140,6 +149,14 @@ class Checkpoint:
     def fidelity(self) -> dict[str, Fidelity]:
         """Layer → ``"full"`` or ``"light"``."""
         return {layer: version.fidelity for layer, version in self._composite.versions.items()}
+
+    @property
+    def conditions(self) -> dict[str, LayerCondition]:
+        """Layer → staleness, age, recorded error and estimated damage; asks the catalog at the first look."""
+        if self._conditions is None:
+            steps, measures = self._observed() if self._observed else ([], {})
+            self._conditions = conditions_of(self._composite, steps, measures)
+        return dict(self._conditions)
 
     @property
     def extra(self) -> Any:  # noqa: ANN401
@@ -198,7 +215,15 @@ class Checkpoint:
             dicts.append({"state": mine, "param_groups": optimizer_groups})
         return dicts[0] if len(dicts) == 1 else dicts
 
-    def restore(self, model: Model, optim: Optim = None, *, strict: bool = True, rng: bool = False) -> Any:  # noqa: ANN401
+    def restore(
+        self,
+        model: Model,
+        optim: Optim = None,
+        *,
+        strict: bool = True,
+        rng: bool = False,
+        bounds: Bounds | None = None,
+    ) -> Any:  # noqa: ANN401
         """Fill a model and its optimizers in place, in parallel, and return the caller's extra state.
 
         Args:
@@ -207,12 +232,15 @@ class Checkpoint:
             strict: refuse missing and unexpected names, and dtypes that differ. Shapes must always agree. Otherwise
                 what fits is restored, cast where dtypes differ.
             rng: also set the states of the random number generators.
+            bounds: how stale, old or inexact layers may be: refuses, or warns (``CompositeWarning``), past them.
 
         Raises:
+            BoundsExceededError: a bound is passed; names the layers. Nothing was changed.
             RestoreMismatchError: lists every difference at once. Nothing was changed.
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written;
                 the model and slots may be overwritten in part, so restore another step before training on.
         """
+        self._check(bounds)
         documents = self._contents.documents()
         arrays, aliases = self._contents.model_arrays()
         stored = {name: stored_tensor(array) for name, array in arrays.items()}
@@ -243,18 +271,31 @@ class Checkpoint:
             set_rng_states(unpack(extra["rng"], self._contents.extra_loader()))
         return self.extra
 
+    def _check(self, bounds: Bounds | None) -> None:
+        passed = bounds.passed_by(self.conditions.values()) if bounds is not None else []
+        if not passed or bounds is None:
+            return
+        what = f"the composite of step {self.step} on {self.commit.branch!r}: {shown(passed)}"
+        if not bounds.warn:
+            msg = f"{what}. Nothing was changed; restore another step, or allow more"
+            raise BoundsExceededError(msg)
+        warnings.warn(what, CompositeWarning, stacklevel=3)
+
     def zarr(self) -> "zarr.Group":
         """Return the whole composite as one read-only Zarr group.
 
         Arrays are at ``<layer>/<tensor>`` and ``<layer>/@optim/<slot>/<tensor>``; names are escaped as in the root.
         Reading a chunk that is gone or damaged raises instead of giving fill values.
         """
-        from tailorstore.storage.view import composite_group  # Zarr takes long to import, and few need it
+        from tailorstore.storage.view import ViewedLayer, composite_group  # Zarr is slow to import, and few need it
 
-        documents = self._contents.documents()
         layers = {
-            layer_component(layer): (version_prefix(layer, document.version_id), document)
-            for layer, document in documents.items()
+            layer_component(layer): ViewedLayer(
+                version_prefix(layer, document.version_id),
+                document,
+                partial(self._contents.elements, layer) if document.light is not None else None,
+            )
+            for layer, document in self._contents.documents().items()
         }
         attributes = {
             "commit": self.commit.id,

@@ -28,6 +28,7 @@ from tailorstore.domain.records import (
 from tailorstore.engine.contents import CompositeContents
 from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.light.bases import BaseCache
+from tailorstore.engine.observed import HISTORY
 from tailorstore.engine.plan import Layout, LightPlan, PlannedLayer, due_layers, plan_layer
 from tailorstore.engine.read import load_documents
 from tailorstore.engine.selection import STATE, Decision, Selector
@@ -43,8 +44,6 @@ from tailorstore.storage.transport import Objects
 logger = logging.getLogger("tailorstore")
 
 _ANNOUNCE_ATTEMPTS = 5
-_HISTORY = 10_000
-"""Commits of a branch that ages are counted in; what is older counts as this old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class Committer:
         self.bases.clear()
 
     def _steps(self) -> list[int]:
-        return self.catalog.steps(self.branch, _HISTORY)
+        return self.catalog.steps(self.branch, HISTORY)
 
     def _read_weights(self, composite: Composite, layers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         contents = CompositeContents(composite, self.objects, self.head.documents if self.head else None)

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tailorstore.domain.chunks import Box
 from tailorstore.domain.errors import ClosedError, LayerNotFoundError
 from tailorstore.domain.records import EXTRA_LAYER, Composite, LayerDocument
 from tailorstore.engine.light.decode import read_tensor, read_tensors
 from tailorstore.engine.light.sources import Source, source_of
 from tailorstore.engine.read import load_documents
 from tailorstore.engine.tensors.lazy import LazyTensor
-from tailorstore.engine.tensors.memory import DTYPES, Tensor, empty_host, scalar_from_hex
+from tailorstore.engine.tensors.memory import DTYPES, Tensor, as_bytes, empty_host, scalar_from_hex
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import StoredOptim, StoredTensor
 from tailorstore.storage.transport import Objects
@@ -144,6 +145,10 @@ class CompositeContents:
         """Read a layer's parameters into new host memory, by name."""
         held = self.documents()[layer].content["params"]
         return self.read_many({name: self.array(layer, value["$array"]) for name, value in held.items()})
+
+    def elements(self, layer: str, path: str, box: Box) -> memoryview:
+        """Read part of a tensor as bytes in C order."""
+        return as_bytes(read_tensor(self._objects, self.array(layer, path), box).contiguous())
 
     def _lazy(self, array: Source) -> LazyTensor:
         objects = self._objects

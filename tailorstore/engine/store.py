@@ -1,11 +1,11 @@
 """The front door: a store is one catalog plus one root, and every verb starts here."""
 
-import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, SupportsFloat, overload
 
 from tailorstore.catalog.catalog import StoreCatalog
@@ -30,6 +30,7 @@ from tailorstore.engine.commit import Committer, Request
 from tailorstore.engine.diff import diff_composites
 from tailorstore.engine.gc import Progress, collect
 from tailorstore.engine.leases import LeaseKeeper
+from tailorstore.engine.observed import observations
 from tailorstore.engine.pending import PendingCommit
 from tailorstore.engine.plan import Layout, check_metrics, check_step
 from tailorstore.engine.references import branch, delete_branch, delete_tag, tag
@@ -38,9 +39,6 @@ from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike
 from tailorstore.engine.tensors.gradients import Watch, Watched
 from tailorstore.engine.updates import Updates, collect_updates
 from tailorstore.engine.verify import verify
-
-logger = logging.getLogger("tailorstore")
-
 
 _stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
@@ -226,17 +224,16 @@ class Store:
         parsed = parse_ref(ref)
         lease = self._keeper.lease if self.writable else None
         composite, lease_id = self._catalog.resolve(parsed, self.branch_name, lease)
-        head = self._committer.head
-        if lease_id is None:
-            return Checkpoint(composite, self._objects, known=head.documents if head else None)
-        keeper = self._keeper
-        keeper.hold(lease_id)
+        head, keeper, catalog = self._committer.head, self._keeper, self._catalog
+        if lease_id is not None:
+            keeper.hold(lease_id)
         return Checkpoint(
             composite,
             self._objects,
             known=head.documents if head else None,
-            release=lambda: keeper.release(lease_id),
-            drop=lambda: keeper.drop(lease_id),
+            release=partial(keeper.release, lease_id) if lease_id else None,
+            drop=partial(keeper.drop, lease_id) if lease_id else None,
+            observed=partial(observations, catalog, composite.commit),
         )
 
     def show(self, ref: str | int | Commit = LATEST) -> Commit:

@@ -1,11 +1,13 @@
 """How layers moved, over a branch's commits, as arrays."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tailorstore.domain.errors import InvalidInputError
 from tailorstore.domain.records import MEASURES, Commit, LayerMeasures
 
 Figures = npt.NDArray[np.float64]
@@ -23,6 +25,20 @@ class Updates:
     finite: npt.NDArray[np.bool_]
     """Shape (commits, layers); false where weights, slots or gradients held NaN or infinities."""
 
+    def of(self, measure: str) -> Figures:
+        """Return the figures of a measure, of shape (commits, layers); NaN where there is none.
+
+        Raises:
+            InvalidInputError: no such measure; the message has those that there are.
+        """
+        try:
+            return self.values[measure]
+        except KeyError:
+            near = difflib.get_close_matches(str(measure), self.values, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            msg = f"there is no measure {measure!r}; measures are {', '.join(self.values)}{hint}"
+            raise InvalidInputError(msg) from None
+
 
 def collect_updates(
     rows: Sequence[tuple[Commit, Mapping[str, LayerMeasures]]], order: Sequence[str] | None = None
@@ -31,19 +47,18 @@ def collect_updates(
 
     Args:
         rows: of the commits, oldest first.
-        order: of the layers; default as they are met.
+        order: of the layers, those that it leaves out at the end; default as they are met.
     """
     met = dict.fromkeys(name for _, measured in rows for name in measured)
-    layers = tuple(met if order is None else [*(n for n in order if n in met), *(n for n in met if n not in order)])
-    values = {name: np.full((len(rows), len(layers)), np.nan) for name in MEASURES}
-    finite = np.ones((len(rows), len(layers)), dtype=np.bool_)
+    columns = {name: at for at, name in enumerate(dict.fromkeys([*(n for n in order or () if n in met), *met]))}
+    shape = len(rows), len(columns)
+    values = {name: np.full(shape, np.nan) for name in MEASURES}
+    finite = np.ones(shape, dtype=np.bool_)
     for at, (_, measured) in enumerate(rows):
-        for column, layer in enumerate(layers):
-            found = measured.get(layer)
-            if found is None:
-                continue
+        for layer, found in measured.items():
+            column = columns[layer]
             finite[at, column] = found.finite
-            for name in MEASURES:
-                value = getattr(found, name)
-                values[name][at, column] = np.nan if value is None else value
-    return Updates(np.array([commit.step for commit, _ in rows], dtype=np.int64), layers, values, finite)
+            for name, figures in values.items():
+                # None becomes NaN.
+                figures[at, column] = getattr(found, name)
+    return Updates(np.array([commit.step for commit, _ in rows], dtype=np.int64), tuple(columns), values, finite)

@@ -1,19 +1,27 @@
 """A composite as one Zarr hierarchy: documents made here, chunks read from the layer versions where they lie."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
-from tailorstore.domain.chunks import Chunk, chunks_in, chunks_of, grid_of
+from tailorstore.domain.chunks import Box, Chunk, chunks_in, chunks_of, grid_of
 from tailorstore.domain.errors import DigestMismatchError, MissingObjectError
 from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument
 from tailorstore.storage import codecs
-from tailorstore.storage.documents import DOCUMENT, array_document, chunk_key, group_document, groups_above
+from tailorstore.storage.documents import (
+    DOCUMENT,
+    array_document,
+    choose_chunks,
+    chunk_key,
+    group_document,
+    groups_above,
+)
 from tailorstore.storage.dtypes import itemsize, register
 
 if TYPE_CHECKING:
@@ -22,8 +30,20 @@ if TYPE_CHECKING:
 
     from tailorstore.storage.transport import Objects
 
-Layers = Mapping[str, tuple[str, LayerDocument]]
-"""Path component of a layer to its version's key prefix, ending in ``/``, and document."""
+
+@dataclass(frozen=True, slots=True)
+class ViewedLayer:
+    """One layer of a composite."""
+
+    prefix: str
+    """Of its version's keys, ending in ``/``."""
+    document: LayerDocument
+    decode: Callable[[str, Box], memoryview] | None = None
+    """For a light version: gives the elements of a tensor (array path, box), decoded, in C order."""
+
+
+Layers = Mapping[str, ViewedLayer]
+"""By path component of the layer."""
 
 
 def composite_group(objects: "Objects", attributes: Mapping[str, Any], layers: Layers) -> zarr.Group:
@@ -43,12 +63,12 @@ def composite_group(objects: "Objects", attributes: Mapping[str, Any], layers: L
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """An array of the composite, and where it lies."""
+    """An array of the composite, and how to come by its chunks."""
 
     layer: str
-    key: str
-    """Of the array's objects, without a slash at the end."""
-    record: ArrayRecord
+    version_id: str
+    spec: ArraySpec
+    read: Callable[[Chunk], memoryview] = field(compare=False)
 
 
 class CompositeStore(Store):
@@ -63,20 +83,42 @@ class CompositeStore(Store):
         super().__init__(read_only=True)
         self._objects = objects
         self._arrays = {
-            f"{component}/{path}": _Array(document.layer, f"{prefix}{path}", record)
-            for component, (prefix, document) in layers.items()
-            for path, record in document.arrays.items()
+            f"{component}/{path}": array
+            for component, layer in layers.items()
+            for path, array in self._arrays_of(layer).items()
         }
         self._documents = self._make_documents(attributes, layers)
 
+    def _arrays_of(self, layer: ViewedLayer) -> dict[str, _Array]:
+        document = layer.document
+        about = (document.layer, document.version_id)
+        if document.light is None or layer.decode is None:
+            return {
+                path: _Array(*about, record.spec, partial(self._read, document.layer, f"{layer.prefix}{path}", record))
+                for path, record in document.arrays.items()
+            }
+        specs = {
+            path: ArraySpec(tensor.dtype, tensor.shape, choose_chunks(tensor.shape, itemsize(tensor.dtype)))
+            for path, tensor in document.light.tensors.items()
+        }
+        return {
+            path: _Array(*about, spec, partial(_decoded, spec, partial(layer.decode, path)))
+            for path, spec in specs.items()
+        }
+
     def _make_documents(self, attributes: Mapping[str, Any], layers: Layers) -> dict[str, bytes]:
-        specs = {path: array.record.spec for path, array in self._arrays.items()}
+        specs = {path: array.spec for path, array in self._arrays.items()}
         documents = {f"{path}/{DOCUMENT}": array_document(spec) for path, spec in specs.items()}
         plain = group_document({}, {})
         documents |= {f"{path}/{DOCUMENT}": plain for path in groups_above(specs)}
         about = {
-            component: {"layer": document.layer, "version": document.version_id, "step": document.step}
-            for component, (_, document) in layers.items()
+            component: {
+                "layer": layer.document.layer,
+                "version": layer.document.version_id,
+                "step": layer.document.step,
+                "fidelity": layer.document.fidelity,
+            }
+            for component, layer in layers.items()
         }
         documents |= {f"{path}/{DOCUMENT}": group_document(held, {}) for path, held in about.items()}
         documents[DOCUMENT] = group_document(attributes, specs, about)
@@ -111,7 +153,8 @@ class CompositeStore(Store):
             if located is None:
                 return None
             # Transports block, and this is the event loop that other chunks are waiting on.
-            content = await asyncio.to_thread(self._read, *located)
+            array, chunk = located
+            content = await asyncio.to_thread(array.read, chunk)
         return prototype.buffer.from_bytes(_part(content, byte_range))
 
     async def get_partial_values(
@@ -161,7 +204,7 @@ class CompositeStore(Store):
     def _keys(self) -> Iterable[str]:
         yield from self._documents
         for path, array in self._arrays.items():
-            spec = array.record.spec
+            spec = array.spec
             for chunk in chunks_of(spec.shape, spec.chunk_shape):
                 yield f"{path}/{chunk_key(spec, chunk.index)}"
 
@@ -170,13 +213,13 @@ class CompositeStore(Store):
         array = self._arrays.get(path)
         if array is None:
             return None
-        chunk = _parse_chunk(array.record.spec, name)
+        chunk = _parse_chunk(array.spec, name)
         return None if chunk is None else (array, chunk)
 
-    def _read(self, array: _Array, chunk: Chunk) -> memoryview:
-        spec = array.record.spec
-        key = f"{array.key}/{chunk_key(spec, chunk.index)}"
-        size = array.record.sizes[chunk.number]
+    def _read(self, layer: str, prefix: str, record: ArrayRecord, chunk: Chunk) -> memoryview:
+        spec = record.spec
+        key = f"{prefix}/{chunk_key(spec, chunk.index)}"
+        size = record.sizes[chunk.number]
         try:
             stored = self._objects.get(key)
             if stored.nbytes != size:
@@ -187,12 +230,12 @@ class CompositeStore(Store):
                 elements = memoryview(bytearray(chunk.capacity * itemsize(spec.dtype)))
                 codecs.decode(spec.codec, itemsize(spec.dtype), stored, elements)
         except (MissingObjectError, DigestMismatchError) as error:
-            msg = f"layer {array.layer!r}, array {array.record.path}: {error}"
+            msg = f"layer {layer!r}, array {record.path}: {error}"
             raise type(error)(msg) from error
         written = elements[: chunk.elements * itemsize(spec.dtype)]
-        if xxhash.xxh3_128(written).hexdigest() != array.record.digests[chunk.number]:
+        if xxhash.xxh3_128(written).hexdigest() != record.digests[chunk.number]:
             msg = (
-                f"layer {array.layer!r}, array {array.record.path}: object {key} in {self._objects.url} is not what "
+                f"layer {layer!r}, array {record.path}: object {key} in {self._objects.url} is not what "
                 "was written (its digest differs); run 'tailorstore verify'"
             )
             raise DigestMismatchError(msg)
@@ -201,6 +244,13 @@ class CompositeStore(Store):
     def _refuse(self) -> NoReturn:
         msg = f"the composite in {self._objects.url} is a view and cannot be written to; commit to the store instead"
         raise ValueError(msg)
+
+
+def _decoded(spec: ArraySpec, decode: Callable[[Box], memoryview], chunk: Chunk) -> memoryview:
+    """Return a chunk of a light version's tensor as Zarr expects it, edges padded."""
+    elements = decode(chunk.box)
+    padding = (chunk.capacity - chunk.elements) * itemsize(spec.dtype)
+    return memoryview(b"".join((elements, bytes(padding)))) if padding else elements
 
 
 def _parse_chunk(spec: ArraySpec, name: str) -> Chunk | None:

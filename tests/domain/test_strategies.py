@@ -142,6 +142,41 @@ def test_top_k_and_threshold_go_by_the_measure() -> None:
     assert names(TopK(1, "importance"), context(layers, importance=5.0)) == ["a"]
 
 
+def test_age_counts_as_much_as_the_measure_unless_told_otherwise() -> None:
+    layers = {
+        name: LayerState(name, 100, 1, "full", 1, age - 1, bytes_full=100, due_full=False, measures=measures(figure))
+        for name, age, figure in (("fast", 1, 5.0), ("slow", 4, 2.0), ("still", 90, 0.0), ("slower", 9, 0.5))
+    }
+    given_context = MaskContext("main", 9, layers)
+    assert names(TopK(1), given_context) == ["slow"]
+    assert names(TopK(2), given_context) == ["fast", "slow"]
+    assert names(TopK(1, aged=False), given_context) == ["fast"]
+    for strategy in (Budget(100), Budget(199)):
+        assert names(strategy, given_context) == ["slow"]
+        assert names(replace(strategy, aged=False), given_context) == ["fast"]
+    # A bound is in the measure's unit, whatever the age.
+    assert names(Threshold(2.0, "curvature"), given_context) == ["fast"]
+
+
+def test_without_ages_a_slow_layer_starves_and_with_them_it_has_its_turn() -> None:
+    def written(strategy: Strategy) -> set[str]:
+        ages = dict.fromkeys("abc", 0)
+        found: set[str] = set()
+        for _ in range(60):
+            # Each layer moves at its own constant speed from its newest version.
+            layers = {
+                name: LayerState(name, 100, 1, "full", 1, age, bytes_full=100, measures=measures(speed * (age + 1)))
+                for (name, age), speed in zip(ages.items(), (100.0, 50.0, 0.1), strict=True)
+            }
+            chosen = strategy.select(MaskContext("main", 9, layers))
+            found |= set(chosen)
+            ages = {name: 0 if name in chosen else age + 1 for name, age in ages.items()}
+        return found
+
+    assert written(TopK(1)) == written(Budget(100)) == set("abc")
+    assert written(TopK(1, aged=False)) == written(Budget(100, aged=False)) == set("ab")
+
+
 def test_layers_of_which_nothing_is_known_or_with_nan_are_the_most_urgent() -> None:
     layers: dict[str, LayerMeasures | None] = {
         "a": measures(1e300),

@@ -116,6 +116,32 @@ def test_a_budget_buys_the_measure_at_the_least_bytes() -> None:
     assert Budget(20, light=True).select(context) == {"cheap": "light", "small": "full"}
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_by_age_composites_carry_less_damage_for_the_bytes_in_the_long_run(power: int, seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = {f"h.{at}": rng.randint(50, 200) for at in range(24)}
+    speeds = {name: rng.lognormvariate(0, 1.5) for name in sizes}
+
+    def carried(strategy: Budget) -> float:
+        ages = dict.fromkeys(sizes, 0)
+        total = 0.0
+        for _ in range(200):
+            damages = {name: speeds[name] * (age + 1) ** power for name, age in ages.items()}
+            layers = {
+                name: LayerState(
+                    name, size, 1, "full", 1, ages[name], bytes_full=size, measures=measures(damages[name])
+                )
+                for name, size in sizes.items()
+            }
+            chosen = strategy.select(MaskContext("main", 9, layers))
+            ages = {name: 0 if name in chosen else age + 1 for name, age in ages.items()}
+            total += math.fsum(damage for name, damage in damages.items() if name not in chosen)
+        return total
+
+    assert carried(Budget(600)) < 0.95 * carried(Budget(600, aged=False))
+
+
 def test_a_budget_by_the_hour_counts_the_time_since_the_last_commit() -> None:
     branch = Branch(model(5, block=100, outer=100))
     branch.commit(Budget(1))

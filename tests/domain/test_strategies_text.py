@@ -42,10 +42,10 @@ PLAIN = st.one_of(
     st.builds(Filter, st.integers(0, 9), st.integers(0, 9), COUNTS, st.booleans()),
     st.builds(RoundRobin, COUNTS),
     st.builds(Staggered, COUNTS),
-    st.builds(TopK, COUNTS, MEASURE),
+    st.builds(TopK, COUNTS, MEASURE, st.booleans()),
     st.builds(Threshold, st.one_of(st.integers(0, 9), st.floats(0, 1e300)), MEASURE),
-    st.builds(Budget, SIZE, by=MEASURE, light=st.booleans()),
-    st.builds(Budget, bytes_per_hour=SIZE, by=MEASURE, light=st.booleans()),
+    st.builds(Budget, SIZE, by=MEASURE, light=st.booleans(), aged=st.booleans()),
+    st.builds(Budget, bytes_per_hour=SIZE, by=MEASURE, light=st.booleans(), aged=st.booleans()),
 )
 ANY = st.recursive(
     PLAIN,
@@ -85,6 +85,8 @@ def test_the_text_of_a_strategy_parses_back_to_an_equal_one(strategy: Any) -> No
         ("(all | light).anchor(20).light_rest()", (All() | Light()).anchor(20).light_rest()),
         ("union(all, light)", All() | Light()),
         ("threshold(above=1e-3)", Threshold(0.001)),
+        ("top_k(8, aged=False)", TopK(8, aged=False)),
+        ("budget('2GB', aged=False)", Budget("2GB", aged=False)),
     ],
 )
 def test_texts(text: str, strategy: Any) -> None:
@@ -128,11 +130,12 @@ def test_every_name_is_the_one_in_the_texts() -> None:
         ("parity() + all()", "is no strategy"),
         ("top_k(8, by=drift)", "'drift' stands bare.*quotes"),
         ("top_k(8, by='drft')", "'drft'; nearest: 'drift'"),
-        ("top_k(8, of='drift')", "top_k has no argument 'of'; known are k, by"),
+        ("top_k(8, of='drift')", "top_k has no argument 'of'; known are k, by, aged"),
         ("top_k(8, bt='drift')", "no argument 'bt'; nearest: 'by'"),
         ("top_k()", "top_k needs k"),
         ("top_k(8, k=8)", "k is given twice"),
-        ("top_k(1, 'drift', 3)", "3 arguments are too many; it takes k, by"),
+        ("top_k(1, 'drift', 3)", "aged is 3; it must be True or False"),
+        ("top_k(1, 'drift', True, 4)", "4 arguments are too many; it takes k, by, aged"),
         ("top_k(1, _told=3)", "no argument '_told'"),
         ("all(3)", "1 arguments are too many; it takes none"),
         ("all(of=3)", "all has no arguments"),

@@ -710,13 +710,13 @@ def test_a_layer_that_recovers_from_a_damaged_version_is_finite_and_has_no_drift
     assert (found.finite, found.drift, found.relative_drift) == (True, None, None)
 
 
-def test_measuring_takes_less_than_one_percent_of_the_states_memory_for_a_while() -> None:
+def test_measuring_takes_about_one_percent_of_the_state_for_a_while() -> None:
     model = {f"{layer}.weight": torch.ones(3000, 1000) for layer in "abcdefgh"}
     state = {name: {"exp_avg": weight / 10, "exp_avg_sq": weight / 100} for name, weight in model.items()}
     gauge = Gauge()
     save(gauge, model)
     found = captured(model, state)
-    assert peak_memory(lambda: gauge.measure(found)) < 0.015 * sum(layer.nbytes for layer in found.layers.values())
+    assert peak_memory(lambda: gauge.measure(found)) < 0.012 * sum(layer.nbytes for layer in found.layers.values())
 
 
 def test_parameters_larger_than_what_is_worked_on_at_once_are_measured_in_parts(

@@ -14,9 +14,9 @@ from tailorstore.domain.errors import DigestMismatchError, MissingObjectError
 from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument
 from tailorstore.storage import codecs
 from tailorstore.storage.documents import chunk_key
-from tailorstore.storage.dtypes import data_type, itemsize
+from tailorstore.storage.dtypes import data_type, itemsize, register
 from tailorstore.storage.local import LocalObjects
-from tailorstore.storage.view import CompositeStore, composite_group
+from tailorstore.storage.view import CompositeStore, ViewedLayer, composite_group
 
 SHAPE, CHUNKS = (5, 3), (2, 3)
 
@@ -44,11 +44,13 @@ def composite(tmp_path: Path) -> tuple[CompositeStore, dict[str, Any]]:
         arrays = {}
         for path, dtype in (("weight", "float32"), ("@optim/exp_avg/weight", "bfloat16")):
             arrays[path], values[f"{layer}/{path}"] = put_array(objects, prefix, path, dtype, codec)
-        layers[layer] = (prefix, LayerDocument(layer.replace("=2F", "/"), version, step, {}, arrays))
+        document = LayerDocument(layer.replace("=2F", "/"), version, step, {}, arrays)
+        layers[layer] = ViewedLayer(prefix, document)
     return CompositeStore(objects, {"commit": "c0ffee", "step": 20}, layers), values
 
 
 def opened(composite: tuple[CompositeStore, dict[str, Any]]) -> zarr.Group:
+    register()
     return zarr.open_group(composite[0], mode="r", zarr_format=3)
 
 
@@ -74,7 +76,9 @@ def test_it_can_be_walked_without_consolidated_metadata(composite: tuple[Composi
 def test_composite_group_opens_it(tmp_path: Path) -> None:
     objects = LocalObjects(str(tmp_path))
     record, values = put_array(objects, "layers/a/v/", "w", "float8_e4m3fn", "zstd")
-    group = composite_group(objects, {}, {"a": ("layers/a/v/", LayerDocument("a", "v", 1, {}, {"w": record}))})
+    group = composite_group(
+        objects, {}, {"a": ViewedLayer("layers/a/v/", LayerDocument("a", "v", 1, {}, {"w": record}))}
+    )
     array = group["a/w"]
     assert isinstance(array, zarr.Array)
     assert np.asarray(array[...]).tobytes() == values.tobytes()

@@ -29,7 +29,9 @@ def same_unit(by: str) -> tuple[str, ...]:
     return (IMPORTANCE, "curvature") if by == IMPORTANCE else (by,)
 
 
-def worth(context: MaskContext, measures: Sequence[str], *, owner: str, told: set[str]) -> dict[str, float]:
+def worth(
+    context: MaskContext, measures: Sequence[str], *, owner: str, told: set[str], aged: bool = False
+) -> dict[str, float]:
     """Return for each layer what the first measure says that all layers have; figures of two would not compare.
 
     A layer that nothing is known of, or that holds NaN or infinities, is worth infinitely much. One that has not moved
@@ -41,6 +43,7 @@ def worth(context: MaskContext, measures: Sequence[str], *, owner: str, told: se
         measures: names to try in turn.
         owner: the strategy's name, for what is logged.
         told: measures that were spoken of already; the one used is added. Each is spoken of once.
+        aged: multiply by the age in commits that the layer would have if left out.
     """
     found: dict[str, float] = {}
     for measure in measures:
@@ -53,17 +56,23 @@ def worth(context: MaskContext, measures: Sequence[str], *, owner: str, told: se
                 _log.warning(
                     "%s: not every layer has %s at step %d; going by %s", owner, measures[0], context.step, measure
                 )
-            return found
-    if "" not in told:
-        told.add("")
-        _log.warning(
-            "%s: layer %r has no %s at step %d; such layers count as most urgent",
-            owner,
-            lacking,
-            measures[-1],
-            context.step,
-        )
-    return found
+            break
+    else:
+        if "" not in told:
+            told.add("")
+            _log.warning(
+                "%s: layer %r has no %s at step %d; such layers count as most urgent",
+                owner,
+                lacking,
+                measures[-1],
+                context.step,
+            )
+    return {name: figure * age_of(context.layers[name]) for name, figure in found.items()} if aged else found
+
+
+def age_of(state: LayerState) -> int:
+    """Return the age in commits that a layer would have after this commit, if left out."""
+    return state.commits_since + 1
 
 
 def _figure(state: LayerState, measure: str) -> float | None:
@@ -81,7 +90,7 @@ def _figure(state: LayerState, measure: str) -> float | None:
 
 def stale_bytes(state: LayerState) -> int:
     """Return a layer's bytes times the age in commits that it would have: ranks layers that nothing else ranks."""
-    return max(1, state.bytes_logical) * (state.commits_since + 1)
+    return max(1, state.bytes_logical) * age_of(state)
 
 
 def finite(context: MaskContext, worths: Mapping[str, float]) -> dict[str, float]:

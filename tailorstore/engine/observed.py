@@ -1,0 +1,12 @@
+"""What the catalog knows of the time when a commit was made."""
+
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.records import Commit, LayerMeasures
+
+HISTORY = 10_000
+"""Commits of a branch that ages are counted in; what is older counts as this old."""
+
+
+def observations(catalog: StoreCatalog, commit: Commit) -> tuple[list[int], dict[str, LayerMeasures]]:
+    """Return the steps of the commits of a commit's branch, and what was measured when it was made."""
+    return catalog.steps(commit.branch, HISTORY), catalog.measures_of(commit.id)
