@@ -108,11 +108,11 @@ class FullRun:
     def _advance(self, number: int) -> ts.Commit:
         step = self.plan.step_of(number)
         loss = self.trainer.advance(step - self.plan.every, self.plan.every)
-        return self._store.commit(step, self.trainer.model, self.trainer.optimizers, metrics={"loss": loss})
+        return self._store.commit(step, *self.trainer.state(), metrics={"loss": loss})
 
     def _load(self, commit: ts.Commit) -> None:
         with self._store.checkout(commit) as checkpoint:
-            checkpoint.restore(self.trainer.model, self.trainer.optimizers)
+            self.trainer.load(checkpoint)
 
     def _point(self, number: int, commit: ts.Commit) -> Point:
         def reload() -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tailorstore.domain.errors import InvalidInputError
@@ -10,6 +11,7 @@ from tailorstore.domain.errors import InvalidInputError
 TASKS = ("pretrain", "finetune", "vision")
 OPTIMIZERS = ("adamw", "lion", "muon", "adafactor")
 SIZES = ("tiny", "small", "300m")
+PRECISIONS = ("float32", "mixed")
 
 EVERY = {"pretrain": 10, "finetune": 4, "vision": 10}
 """Steps between commits, by task."""
@@ -36,6 +38,11 @@ class Plan:
     """At how many commits composites are restored and trained on."""
     resume: int = 20
     """For how many steps."""
+    precision: str = "float32"
+    """What a state holds of a parameter: ``float32``, itself and its slots; ``mixed``, as large models are trained,
+    bfloat16 weights, of which float32 masters stand among the slots."""
+    freeze: str = ""
+    """Globs of parameter names that are not trained, separated by commas."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run.
@@ -47,6 +54,7 @@ class Plan:
             ("task", self.task, TASKS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("size", self.size, SIZES),
+            ("precision", self.precision, PRECISIONS),
         ):
             if value not in known:
                 msg = f"unknown {what} {value!r}; use one of {', '.join(known)}"
@@ -65,7 +73,17 @@ class Plan:
     @property
     def name(self) -> str:
         """Name of the run, and of the folder that it is kept in."""
-        return f"{self.task}-{self.size}-{self.optimizer}-{self.seed}"
+        return f"{self.group}-{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """What runs that differ only in the seed share; they are tabled and drawn together."""
+        mixed = "-mixed" if self.precision == "mixed" else ""
+        return f"{self.task}-{self.size}-{self.optimizer}{mixed}{'-frozen' if self.freeze else ''}"
+
+    def is_frozen(self, name: str) -> bool:
+        """Tell whether a parameter is not trained."""
+        return any(fnmatchcase(name, glob.strip()) for glob in self.freeze.split(","))
 
     @property
     def steps(self) -> int:

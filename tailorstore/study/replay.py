@@ -30,7 +30,7 @@ class _Ride:
 
     def commit(self, step: int, trainer: Trainer) -> None:
         start = time.perf_counter()
-        commit = self.store.commit(step, trainer.model, trainer.optimizers, mask=self.strategy)
+        commit = self.store.commit(step, *trainer.state(), mask=self.strategy)
         self.seconds += time.perf_counter() - start
         self.bytes_written.append(commit.bytes_written + manifest_bytes(self.root, commit))
 
@@ -122,7 +122,7 @@ def _look(
         with ts.open_store(rides[contender.text].root) as reader, reader.checkout() as checkpoint:
             key = _key(checkpoint)
             if key is None or key not in known:
-                checkpoint.restore(trainer.model, trainer.optimizers)
+                trainer.load(checkpoint)
                 losses = _losses(trainer, point.step)
                 if key is not None:
                     known[key] = losses

@@ -158,11 +158,6 @@ class Summary:
     seeds: int
 
 
-def group_of(plan: Plan) -> tuple[str, str, str]:
-    """Return what is drawn and tabled together: task, size and optimizer."""
-    return plan.task, plan.size, plan.optimizer
-
-
 def summarise(records: Iterable[Record]) -> list[Summary]:
     """Return one summary per contender, in the order in which they first appear; full saves come first."""
     by_contender: dict[str, list[Record]] = {}

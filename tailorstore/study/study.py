@@ -13,7 +13,7 @@ from tailorstore.study.fullrun import FullRun, Say
 from tailorstore.study.picture import draw
 from tailorstore.study.plan import Plan
 from tailorstore.study.replay import replay
-from tailorstore.study.results import Record, Results, Summary, group_of, summarise
+from tailorstore.study.results import Record, Results, Summary, summarise
 from tailorstore.study.table import write_table
 from tailorstore.study.training import Trainer
 
@@ -55,12 +55,11 @@ def draw_results(plan: Plan, folders: Folders) -> tuple[list[Summary], list[Path
     # Of the same length and pace: others cannot be compared.
     records = [record for record in results if replace(record.plan, seed=plan.seed) == plan]
     if not records:
-        msg = f"{results.path} has no results of {', '.join(group_of(plan))} with these settings"
+        msg = f"{results.path} has no results of {plan.group} with these settings"
         raise NotFoundError(msg)
-    name = "-".join(group_of(plan))
-    path = folders.out / f"{name}.md"
+    path = folders.out / f"{plan.group}.md"
     write_table(path, records)
-    return summarise(records), [results.path, path, *draw(folders.out, name, records)]
+    return summarise(records), [results.path, path, *draw(folders.out, plan.group, records)]
 
 
 def run_study(

@@ -70,7 +70,7 @@ def test_it_can_be_walked_without_consolidated_metadata(composite: tuple[Composi
     group = zarr.open_group(composite[0], mode="r", zarr_format=3, use_consolidated=False)
     found = {path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
     assert found == set(composite[1])
-    assert dict(group["h=2F1"].attrs) == {"layer": "h/1", "version": "v2", "step": 20}
+    assert dict(group["h=2F1"].attrs) == {"layer": "h/1", "version": "v2", "step": 20, "fidelity": "full"}
 
 
 def test_composite_group_opens_it(tmp_path: Path) -> None:
