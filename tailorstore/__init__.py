@@ -5,7 +5,7 @@
     import tailorstore as ts
 
     store = ts.open_store("s3://bucket/run")
-    store.commit(step, model, optim, mask=["lm_head", "transformer.h.1*"])
+    store.commit(step, model, optim, mask=ts.strategies.Budget("2GB").max_age(commits=5))
     store.checkout("latest").restore(model, optim)
 
 Importing this package imports neither torch nor SQLAlchemy; the first use of ``open_store`` does.
@@ -14,6 +14,8 @@ Importing this package imports neither torch nor SQLAlchemy; the first use of ``
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tailorstore.domain import strategies
+from tailorstore.domain.condition import Bounds, CompositeWarning
 from tailorstore.domain.errors import (
     AccessDeniedError,
     AlreadyExistsError,
@@ -25,9 +27,11 @@ from tailorstore.domain.errors import (
     UnavailableError,
     VersionError,
 )
+from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import MaskContext, Strategy
 from tailorstore.domain.records import Commit
 from tailorstore.domain.retention import KeepBest, KeepEvery, KeepLast, KeepTagged, KeepWithin
+from tailorstore.domain.strategies import parse_strategy
 
 if TYPE_CHECKING:
     from tailorstore.engine.checkout import Checkpoint
@@ -41,8 +45,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDeniedError",
     "AlreadyExistsError",
+    "Bounds",
     "Checkpoint",
     "Commit",
+    "CompositeWarning",
     "ConflictError",
     "IntegrityError",
     "InvalidInputError",
@@ -52,6 +58,7 @@ __all__ = [
     "KeepTagged",
     "KeepWithin",
     "LazyTensor",
+    "LightSettings",
     "MaskContext",
     "NotFoundError",
     "PendingCommit",
@@ -61,6 +68,8 @@ __all__ = [
     "UnavailableError",
     "VersionError",
     "open_store",
+    "parse_strategy",
+    "strategies",
 ]
 
 _LAZY = {

@@ -19,7 +19,7 @@ from tailorstore.domain.errors import TailorError
 
 SECTIONS = (
     ("Begin", ("init", "demo", "bench", "study")),
-    ("Look", ("log", "show", "diff", "checkout", "stats")),
+    ("Look", ("log", "show", "diff", "checkout", "heatmap", "stats", "strategies")),
     ("Name", ("tag", "branch")),
     ("Keep in order", ("gc", "verify", "rebuild", "upgrade")),
 )
@@ -51,7 +51,7 @@ class CommandGroup(click.Group):
                 commands[name] = found
         for title, names in SECTIONS:
             with formatter.section(title):
-                formatter.write_dl([(f"{name:<9}", first_line(commands, name)) for name in names])
+                formatter.write_dl([(f"{name:<10}", first_line(commands, name)) for name in names])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write examples and exit codes."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -243,17 +242,6 @@ def number(value: float) -> str:
 def metrics(values: Mapping[str, float]) -> str:
     """Return a commit's metrics in one line."""
     return "  ".join(f"{name}={number(value)}" for name, value in values.items())
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts names as people count: ``blocks.2`` before ``blocks.10``.
-
-    Examples:
-        >>> sorted(["blocks.10", "blocks.2", "@extra"], key=natural)
-        ['@extra', 'blocks.2', 'blocks.10']
-    """
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]
 
 
 def duration(length: timedelta) -> str:

@@ -77,6 +77,8 @@ class DemoResult:
     seconds: float
     parameters: int
     text_bytes: int
+    mask: str
+    """The strategy that chose what commits wrote."""
     crash: Crash
     losses: Losses
     commits: list[ts.Commit]
@@ -93,13 +95,28 @@ class DemoResult:
     leftovers_bytes: int
 
 
-def demo_plan(folder: Path, *, steps: int | None = None, quick: bool = False) -> Plan:
-    """Return what the demo trains: 3.8 million parameters, or a tiny model for those in a hurry."""
+def demo_plan(folder: Path, *, steps: int | None = None, quick: bool = False, mask: str | None = None) -> Plan:
+    """Return what the demo trains: 3.8 million parameters, or a tiny model for those in a hurry.
+
+    Raises:
+        MaskError: the mask is no strategy.
+    """
     if quick:
         size = Size(blocks=6, width=64, heads=2, context=64)
-        plan = Plan(str(folder), steps=24, commit_every=3, batch=4, held_out_batches=1, lease_seconds=1.5, size=size)
+        plan = Plan(
+            str(folder),
+            steps=24,
+            commit_every=3,
+            mask="budget('1.5 MB').max_age(commits=5)",
+            batch=4,
+            held_out_batches=1,
+            lease_seconds=1.5,
+            size=size,
+        )
     else:
         plan = Plan(str(folder))
+    if mask is not None:
+        plan = replace(plan, mask=str(ts.parse_strategy(mask)))
     if steps is None:
         return plan
     # Sixteen commits, however long it is.
@@ -151,6 +168,7 @@ def run_demo(folder: Path, plan: Plan, report: Report) -> DemoResult:
         seconds=time.monotonic() - started,
         parameters=seen.parameters,
         text_bytes=seen.text_bytes,
+        mask=plan.mask,
         crash=crash,
         losses=seen.losses(crash, commits),
         commits=commits,

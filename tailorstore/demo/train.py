@@ -31,6 +31,8 @@ class Plan:
     store: str
     steps: int = 240
     commit_every: int = 15
+    mask: str = "budget('12 MB').max_age(commits=5)"
+    """Which layers a commit writes. A full one takes 46 MB."""
     batch: int = 8
     held_out_batches: int = 4
     peak_rate: float = 2e-3
@@ -49,24 +51,6 @@ class Plan:
         return cls(**{**values, "size": Size(**values["size"])})
 
 
-class TakingTurns:
-    """A strategy: everything outside the middle blocks at each commit, and of these the stalest few.
-
-    It keeps no state of its own: what is stale, the store knows, also after a restart.
-    """
-
-    def __init__(self, at_once: int) -> None:
-        """Write ``at_once`` of the middle blocks at each commit."""
-        self.at_once = at_once
-
-    def select(self, context: ts.MaskContext) -> list[str]:
-        """Return the layers to write."""
-        blocks = [name for name in context.layers if name.startswith("blocks.")]
-        middle = blocks[1:-1]
-        stalest = sorted(middle, key=lambda name: context.layers[name].source_step or 0)[: self.at_once]
-        return [name for name in context.layers if name not in middle or name in stalest]
-
-
 def train(plan: Plan, tell: Tell) -> None:
     """Train to the plan's last step, from wherever the store stands."""
     torch.manual_seed(0)
@@ -76,6 +60,8 @@ def train(plan: Plan, tell: Tell) -> None:
     model = Transformer(plan.size)
     optim = torch.optim.AdamW(model.parameters(), lr=plan.peak_rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optim, lambda done: min(1.0, (done + 1) / plan.warmup_steps))
+    # It keeps no state of its own: how layers moved and how old they are, the store knows, also after a restart.
+    mask = ts.parse_strategy(plan.mask)
     step = position = 0
 
     # A commit that was killed keeps its claim until the lease ends. Five minutes are the default; here the demo
@@ -106,7 +92,7 @@ def train(plan: Plan, tell: Tell) -> None:
                     step,
                     model,
                     optim,
-                    mask=TakingTurns(at_once=2),
+                    mask=mask,
                     extra={"position": position, "scheduler": scheduler},
                     metrics={"loss": sum(losses) / len(losses), "held_out": held_out_loss},
                     block=False,

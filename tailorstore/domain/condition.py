@@ -10,6 +10,10 @@ from tailorstore.domain.records import EXTRA_LAYER, Composite, Fidelity, LayerMe
 _SHOWN = 10
 
 
+class CompositeWarning(UserWarning):
+    """A composite's layers are further from what the model was than the caller allows, who asked to be warned only."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCondition:
     """What is known of one layer of a composite. A full version of the composite's own step is all zeros."""

@@ -100,10 +100,6 @@ class BoundsExceededError(InvalidInputError):
     """A composite's layers are further from what the model was than the caller allows. Nothing was changed."""
 
 
-class CompositeWarning(UserWarning):
-    """The same, where the caller asked to be warned only."""
-
-
 class ConflictError(TailorError):
     """Somebody else was faster; look at the store again and decide."""
 

@@ -42,27 +42,33 @@ class LightSettings:
         Raises:
             InvalidInputError: names the setting.
         """
-        named = {"*": self.slot_bits} if isinstance(self.slot_bits, int) else dict(self.slot_bits)
+        if not isinstance(self.slot_bits, int | Mapping):
+            msg = f"slot_bits is {self.slot_bits!r}; it must be a number of bits, or map slots to numbers of bits"
+            raise InvalidInputError(msg)
+        named = {ANY_SLOT: self.slot_bits} if isinstance(self.slot_bits, int) else dict(self.slot_bits)
         for what, bits in {
             "weight_bits": self.weight_bits,
             **{f"slot_bits[{k!r}]": v for k, v in named.items()},
         }.items():
-            if bits not in BITS or isinstance(bits, bool):
+            if type(bits) is not int or bits not in BITS:
                 msg = f"{what} is {bits!r}; light versions know {', '.join(map(str, BITS))} bits per element"
                 raise InvalidInputError(msg)
-        if not isinstance(self.block, int) or self.block not in [1 << power for power in range(4, 13)]:
+        if type(self.block) is not int or self.block not in [1 << power for power in range(4, 13)]:
             msg = f"block is {self.block!r}; it must be a power of two from 16 to 4096"
             raise InvalidInputError(msg)
         for what in ("max_weight_error", "max_slot_error", "due_error"):
             value = getattr(self, what)
-            if not isinstance(value, int | float) or not value >= 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 msg = f"{what} is {value!r}; it must be a relative error of at least 0"
                 raise InvalidInputError(msg)
         for what in ("max_base_commits", "max_base_steps"):
             value = getattr(self, what)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 msg = f"{what} is {value!r}; it must be a whole number of at least 1, or None"
                 raise InvalidInputError(msg)
+        if type(self.exact_below) is not int or self.exact_below < 1:
+            msg = f"exact_below is {self.exact_below!r}; it must be a whole number of at least 1"
+            raise InvalidInputError(msg)
 
     def bits_of_slot(self, slot: str) -> int:
         """Return the bits per element of an optimizer slot."""

@@ -86,6 +86,9 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
     Raises:
         MaskError: an unknown layer, a glob that matches none, or a value that is none of True, "full", "light", False.
     """
+    if isinstance(mask, type):
+        msg = f"the mask is the class {mask.__name__} itself; make a strategy of it, as in mask={mask.__name__}(…)"
+        raise MaskError(msg)
     if isinstance(mask, Strategy):
         mask = mask.select(context)
     if mask is None:
@@ -145,6 +148,8 @@ def _matches(name: str, context: MaskContext) -> list[str]:
         msg = f"mask pattern {name!r} matches no layer at step {context.step} on {context.branch!r}"
     else:
         msg = f"mask names an unknown layer {name!r} at step {context.step} on {context.branch!r}"
+        if "(" in name:
+            raise MaskError(f"{msg}; if it is meant to be a strategy, write mask=ts.parse_strategy({name!r})")
     near = difflib.get_close_matches(name, context.layers, n=3, cutoff=0.3)
     if near:
         raise MaskError(f"{msg}; nearest: {', '.join(map(repr, near))}")

@@ -178,3 +178,14 @@ def parse_ref(ref: str | int | Commit) -> Ref:
         msg = f"{ref!r} is no ref: give a step, 'latest', a branch, branch@step, a tag or a commit id"
         raise InvalidInputError(msg)
     return Ref(ref, "name", name=ref)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names as people count: ``blocks.2`` before ``blocks.10``.
+
+    Examples:
+        >>> sorted(["blocks.10", "blocks.2", "@extra"], key=natural)
+        ['@extra', 'blocks.2', 'blocks.10']
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(parts)]

@@ -55,7 +55,7 @@ class LayerMeasures:
     momentum: float | None
     """The update that the optimizer is making at each step."""
     gradient: float | None
-    """Running mean of the gradient's norm since the commit before."""
+    """Quadratic mean of the gradient's norm since the commit before."""
     curvature: float | None
     """Sum of second moment times squared change: estimates what reverting the layer to that version would cost."""
     finite: bool = True

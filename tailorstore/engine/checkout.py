@@ -8,8 +8,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from tailorstore.domain.condition import Bounds, LayerCondition, conditions_of, shown
-from tailorstore.domain.errors import BoundsExceededError, CompositeWarning, InvalidInputError, LayerNotFoundError
+from tailorstore.domain.condition import Bounds, CompositeWarning, LayerCondition, conditions_of, shown
+from tailorstore.domain.errors import BoundsExceededError, InvalidInputError, LayerNotFoundError
 from tailorstore.domain.names import layer_component, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
 from tailorstore.engine.contents import CompositeContents, paths_in, stored_tensor

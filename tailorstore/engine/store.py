@@ -204,11 +204,8 @@ class Store:
             BranchNotFoundError: no such branch, or one without commits.
             InvalidInputError: a limit below 0.
         """
-        if limit is not None and (not isinstance(limit, int) or limit < 0):
-            msg = f"limit must be None or a whole number of at least 0, not {limit!r}"
-            raise InvalidInputError(msg)
         self._refresh()
-        return self._catalog.log(branch or self.branch_name, limit)
+        return self._catalog.log(branch or self.branch_name, _check_limit(limit))
 
     def checkout(self, ref: str | int | Commit = LATEST) -> Checkpoint:
         """Return the composite checkpoint of a ref: one catalog query, no tensor bytes.
@@ -252,13 +249,9 @@ class Store:
         return self._catalog.layers(self.show(ref).id)
 
     def updates(self, branch: str | None = None, limit: int | None = None) -> Updates:
-        """Return how every layer moved, as measured at a branch's newest ``limit`` commits: arrays of commits × layers.
-
-        Raises:
-            BranchNotFoundError: no such branch, or one without commits.
-        """
+        """Return how layers moved, as measured at a branch's newest commits, as arrays; raises as :meth:`log` does."""
         self._refresh()
-        return collect_updates(self._catalog.measures(branch or self.branch_name, limit))
+        return collect_updates(self._catalog.measures(branch or self.branch_name, _check_limit(limit)))
 
     def watch(self, optim: OptimizerLike | Sequence[OptimizerLike], every: int = 10) -> Watch:
         """Measure gradients just before every n-th step of these torch optimizers, until the handle's ``remove()``.
@@ -445,3 +438,10 @@ class Store:
         """Wait for a commit under way, so that a ref can mean it; raise its error if nobody has seen that yet."""
         with self._committing:
             self._settle()
+
+
+def _check_limit(limit: int | None) -> int | None:
+    if limit is not None and (not isinstance(limit, int) or limit < 0):
+        msg = f"limit must be None or a whole number of at least 0, not {limit!r}"
+        raise InvalidInputError(msg)
+    return limit

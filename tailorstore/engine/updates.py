@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.names import natural
 from tailorstore.domain.records import MEASURES, Commit, LayerMeasures
 
 Figures = npt.NDArray[np.float64]
@@ -47,9 +48,9 @@ def collect_updates(
 
     Args:
         rows: of the commits, oldest first.
-        order: of the layers, those that it leaves out at the end; default as they are met.
+        order: of the layers, those that it leaves out at the end; default as people count.
     """
-    met = dict.fromkeys(name for _, measured in rows for name in measured)
+    met = sorted({name for _, measured in rows for name in measured}, key=natural)
     columns = {name: at for at, name in enumerate(dict.fromkeys([*(n for n in order or () if n in met), *met]))}
     shape = len(rows), len(columns)
     values = {name: np.full(shape, np.nan) for name in MEASURES}

@@ -4,6 +4,7 @@ One array of codes for the whole layer rather than one for each tensor: a light 
 dozens of small objects with a document each would cost more than they hold.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ LOGARITHMIC: tuple[Coding, ...] = ("ratio", "log")
 CODED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Tensors of other dtypes are stored exactly."""
 
+_MOST_ELEMENTS = 1 << 60
 _BLOCKS = [1 << power for power in range(4, 13)]
 
 
@@ -65,7 +67,7 @@ def table_from_json(described: Mapping[str, Any], arrays: Mapping[str, ArrayReco
         KeyError, TypeError, ValueError: it is not a table, or not one of these arrays.
     """
     block = described["block"]
-    if block not in _BLOCKS:
+    if type(block) is not int or block not in _BLOCKS:
         raise ValueError(block)
     table = LightTable(block, {path: _tensor(path, entry) for path, entry in described["tensors"].items()})
     extents = {path: _extent(arrays, path) for path in (CODES, SCALES, EXACT)}
@@ -98,8 +100,11 @@ def _tensor(path: str, entry: Any) -> LightTensor:  # noqa: ANN401
     if coding not in CODINGS or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(path)
     coded = coding in (*BASED, "value", "log")
-    if (bits not in BITS or dtype not in CODED_DTYPES) if coded else bits != 0:
+    if type(bits) is not int or ((bits not in BITS or dtype not in CODED_DTYPES) if coded else bits != 0):
         raise ValueError(path)
-    if not (isinstance(of, str) if coding == "rounded" else of is None) or not isinstance(error, int | float):
+    if not (isinstance(of, str) if coding == "rounded" else of is None) or type(error) not in (int, float):
         raise TypeError(path)
+    # No tensor has as many elements, even where one of its extents is zero.
+    if not 0 <= error < math.inf or math.prod(extent or 1 for extent in shape) > _MOST_ELEMENTS:
+        raise ValueError(path)
     return LightTensor(dtype, tuple(shape), coding, bits, codes_at, scales_at, of, float(error))

@@ -9,6 +9,7 @@ All arithmetic is on slices that fit a core's cache. Decoding uses nothing but a
 numbers, integers and one table, so every machine restores the same bits.
 """
 
+from decimal import Decimal, localcontext
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,36 @@ _FRACTION = 1024
 """Steps to an octave of logarithmic codes."""
 _OFFSET_STEP = 16
 """Steps to a unit of a block's offset, which then fits 16 bits."""
-_POWERS = np.array([2.0 ** (step / _FRACTION) for step in range(_FRACTION)], dtype=np.float64)
+_SMALLEST, _LARGEST = 2.0**-120, 2.0**120
+
+
+def _powers() -> npt.NDArray[np.float64]:
+    """Return the powers of two for an octave, correctly rounded: mathematics libraries differ in the last bit."""
+    with localcontext(prec=50):
+        power, root = Decimal(1), Decimal(2) ** (1 / Decimal(_FRACTION))
+        found = []
+        for _ in range(_FRACTION):
+            found.append(float(power))
+            power *= root
+    return np.array(found)
+
+
+_POWERS = _powers()
+
+_LIMITS = {
+    "float64": (float(np.finfo(np.float64).smallest_subnormal), float(np.finfo(np.float64).max)),
+    "float32": (2.0**-149, float(np.finfo(np.float32).max)),
+    "bfloat16": (2.0**-133, (2 - 2.0**-7) * 2.0**127),
+    "float16": (2.0**-24, 65504.0),
+}
+"""The least and the greatest positive number of a dtype."""
+
+_COARSE = 1e-20
+"""Sums of float32 squares below this have lost some to underflow."""
+_LOST = 1e-280
+"""The same for float64."""
+_FAINT = 1e-15
+"""The same for the greatest element of a block."""
 
 
 def packed_bytes(elements: int, bits: int, block: int) -> int:
@@ -67,15 +97,16 @@ def encode_linear(
     peaks = np.maximum.reduceat(t, np.arange(0, t.size, block)).astype(np.float32)
     if bits in _CLIP:
         rows = d.reshape(-1, block)
-        rms = np.sqrt(np.einsum("ij,ij->i", rows, rows) / block).astype(np.float32)
-        np.minimum(peaks, np.float32(_CLIP[bits]) * rms, out=peaks)
+        squares = np.einsum("ij,ij->i", rows, rows)
+        small = peaks < _FAINT
+        if small.any():
+            squares = np.where(small, np.einsum("ij,ij->i", rows, rows, dtype=np.float64), squares)
+        np.minimum(peaks, (_CLIP[bits] * np.sqrt(squares / block)).astype(np.float32), out=peaks)
     # Rounded up, so that no code passes the last level.
     words[:] = ((peaks * np.float32(1 / levels)).view(np.uint32) + np.uint32(0xFFFF)) >> 16
     scales = _bfloat16(words).astype(d.dtype)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scales > 0, 1 / scales, 0).astype(d.dtype)
-    inverse[~np.isfinite(inverse)] = 0
-    np.multiply(d.reshape(-1, block), inverse[:, None], out=t.reshape(-1, block))
+    divisors = np.where(scales > 0, scales, d.dtype.type(1))
+    np.divide(d.reshape(-1, block), divisors[:, None], out=t.reshape(-1, block))
     np.add(t, t.dtype.type(levels + 0.5), out=t)
     if bits in _CLIP:
         np.clip(t, 0, 2 * levels + 0.5, out=t)
@@ -85,8 +116,7 @@ def encode_linear(
     rows = t.reshape(-1, block)
     np.multiply(rows, scales[:, None], out=rows)
     np.subtract(d, t, out=t)
-    errors = t[: x.size]
-    return float(np.dot(errors, errors)), float(np.dot(x, x))
+    return _sums(t[: x.size], x)
 
 
 def decode_linear(codes: Bytes, words: Words, bits: int, block: int, base: FloatArray | None, out: FloatArray) -> None:
@@ -125,19 +155,14 @@ def encode_log(
         words: filled with two words for each block.
 
     Returns:
-        Sum over the slice of squared relative errors, and the number of elements; the first is not finite where an
-        element is out of the range of the codes.
+        Sum over the slice of squared errors of the natural logarithm, which are relative errors where they are small,
+        and the number of elements; the first is not finite where an element is out of the range of the codes.
     """
     values = _padded(x, block)
-    zero = values == 0
-    with np.errstate(divide="ignore"):
-        logs = np.log2(values)
-        if base is not None:
-            padded = _padded(base, block)
-            np.subtract(logs, np.log2(padded), out=logs, where=padded > 0)
-    logs *= _FRACTION
+    logs = _logs(values, None if base is None else _padded(base, block))
     starts = np.arange(0, logs.size, block)
-    some_zero = bool(zero.any())
+    some_zero = not values.all()
+    zero = values == 0 if some_zero else np.empty(0, np.bool_)
     low = np.minimum.reduceat(np.where(zero, np.inf, logs) if some_zero else logs, starts)
     high = np.maximum.reduceat(logs, starts)
     if some_zero:
@@ -146,7 +171,8 @@ def encode_log(
     offsets = np.floor(low / _OFFSET_STEP)
     last = (1 << bits) - 2
     steps = np.ceil((high - offsets * _OFFSET_STEP) / last)
-    if offsets.min() < -32768 or offsets.max() > 32767 or steps.max() > 65535:
+    # Larger powers are no float64.
+    if not (offsets.min() >= -32768 and steps.max() <= 65535 and high.max() <= 500 * _FRACTION):
         return float("inf"), float(x.size)
     pairs = words.reshape(-1, 2)
     pairs[:, 0] = offsets.astype(np.int16).view(np.uint16)
@@ -157,7 +183,6 @@ def encode_log(
         logs[zero] = 0
     inverse = np.where(steps > 0, 1 / np.maximum(steps, 1), 0).astype(logs.dtype)
     q = np.rint(rows * inverse[:, None])
-    np.clip(q, 0, last, out=q)
     rows -= q * steps.astype(logs.dtype)[:, None]
     if some_zero:
         logs[zero] = 0
@@ -170,23 +195,67 @@ def encode_log(
     return float(np.dot(errors, errors)), float(x.size)
 
 
-def decode_log(codes: Bytes, words: Words, bits: int, block: int, base: FloatArray | None, out: FloatArray) -> None:
-    """Undo :func:`encode_log`; arguments as for :func:`decode_linear`."""
+def _logs(values: FloatArray, base: FloatArray | None) -> FloatArray:
+    """Return logarithms of values, or of their ratios to a base where that is not zero; minus infinity for zero."""
+    with np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore"):
+        if base is None:
+            logs = np.log2(values)
+        else:
+            ones = base if base.all() else np.where(base > 0, base, base.dtype.type(1))
+            ratios = values / ones
+            # One logarithm rather than two, unless the quotient leaves the range of normal numbers.
+            # Zeros aside: the least of zeros would be zero.
+            least = ratios.min() or np.where(values > 0, ratios, 1).min()
+            normal = least > _SMALLEST and ratios.max() < _LARGEST
+            logs = np.log2(ratios) if normal else np.log2(values) - np.log2(ones)
+    logs *= _FRACTION
+    return logs
+
+
+def decode_log(
+    codes: Bytes, words: Words, bits: int, block: int, base: FloatArray | None, dtype: str, out: FloatArray
+) -> None:
+    """Undo :func:`encode_log`; arguments as for :func:`decode_linear`.
+
+    Elements stay within the positive numbers of ``dtype``, to which they will be rounded: none becomes zero or
+    infinite, unless it was zero.
+    """
     u = _unpack(codes, bits, block)
     pairs = words.reshape(-1, 2)
-    offsets = pairs[:, 0].view(np.int16).astype(np.int32) * _OFFSET_STEP
-    e = u.astype(np.int32)
-    rows = e.reshape(-1, block)
-    rows -= 1
-    rows *= pairs[:, 1].astype(np.int32)[:, None]
-    rows += offsets[:, None]
-    powers = _POWERS.astype(out.dtype)
+    e = np.multiply.outer(pairs[:, 1].astype(np.int32), np.arange(-1, (1 << bits) - 1, dtype=np.int32))
+    e += pairs[:, 0].view(np.int16).astype(np.int32)[:, None] * _OFFSET_STEP
+    least, greatest = _LIMITS[dtype]
+    # In float64: the ratio of two float32 is no float32.
     with np.errstate(over="ignore", under="ignore"):
-        t = np.ldexp(powers[e & (_FRACTION - 1)], e >> 10)[: out.size]
+        table = np.ldexp(_POWERS[e & (_FRACTION - 1)], e >> 10)
+        if base is None:
+            np.clip(table, least, greatest, out=table)
+        table[:, 0] = 0
+        at = u.astype(np.intp)
+        rows = at.reshape(-1, block)
+        rows += np.arange(0, table.size, 1 << bits)[:, None]
+        t = np.take(table.reshape(-1), at[: out.size], mode="clip")
         if base is not None:
-            t *= np.where(base > 0, base, out.dtype.type(1))
-    out[:] = t
-    out[u[: out.size] == 0] = 0
+            t *= base if base.all() else np.where(base > 0, base, out.dtype.type(1))
+            np.minimum(t, greatest, out=t)
+            np.maximum(t, least, out=t, where=u[: out.size] > 0)
+        out[:] = t
+
+
+def measure(x: FloatArray, decoded: FloatArray, *, logarithmic: bool) -> tuple[float, float]:
+    """Return what the encoders return, as measured from what decoding and rounding give.
+
+    Args:
+        x: elements that were coded.
+        decoded: as many, of the same dtype.
+        logarithmic: which encoder's measure.
+    """
+    if not logarithmic:
+        return _sums(x - decoded, x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        errors = np.log(decoded, dtype=np.float64) - np.log(x, dtype=np.float64)
+    errors[(x == 0) & (decoded == 0)] = 0
+    return float(np.dot(errors, errors)), float(x.size)
 
 
 def widened(raw: npt.NDArray[Any], dtype: str) -> FloatArray:
@@ -205,6 +274,17 @@ def narrowed(x: FloatArray, dtype: str, out: npt.NDArray[Any]) -> None:
     else:
         with np.errstate(over="ignore"):
             out[:] = x
+
+
+def _sums(errors: FloatArray, x: FloatArray) -> tuple[float, float]:
+    """Return the sums of squares of errors and of elements; the first is infinite where they are too small to tell."""
+    norm = float(np.dot(x, x))
+    if norm < _COARSE:
+        errors, x = errors.astype(np.float64), x.astype(np.float64)
+        norm = float(np.dot(x, x))
+        if norm < _LOST and x.any():
+            return float("inf"), norm
+    return float(np.dot(errors, errors)), norm
 
 
 def _bfloat16(words: Words) -> npt.NDArray[np.float32]:

@@ -26,6 +26,8 @@ class Point:
     step: int
     bytes_full: int
     """What storing the full state put into storage, all documents included."""
+    bytes_unchanged: int
+    """What layers take in storage that the commit found unchanged and did not write again."""
     bytes_logical: int
     """Size of its tensors."""
     reload: Callable[[], None]
@@ -39,7 +41,7 @@ class FullRun:
         """Open the run's store, making it if there is none.
 
         Args:
-            trainer: holds the initial weights of its plan.
+            trainer: a fresh one, with the initial weights of its plan.
             folder: of all runs; this one's is made in it.
             keep: keep the state of every commit, so that further contenders can follow later; otherwise only the
                 newest is kept, for models that are too large, and every pass trains anew.
@@ -120,7 +122,8 @@ class FullRun:
 
         reload()
         written = commit.bytes_written + manifest_bytes(self.folder / "full", commit)
-        return Point(number, commit.step, written, commit.bytes_logical, reload)
+        unchanged = sum(layer.bytes_stored for layer in self._store.layers(commit) if layer.staleness)
+        return Point(number, commit.step, written, unchanged, commit.bytes_logical, reload)
 
 
 def manifest_bytes(root: Path, commit: ts.Commit) -> int:

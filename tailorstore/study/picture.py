@@ -1,6 +1,7 @@
 """The picture: quality lost against bytes written, one curve a strategy, the frontier marked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ _BOUND = 0.1
 _LINEAR = 0.1
 """Percent: below this the scale is linear."""
 _PANELS = (("restored", "as restored"), ("resumed", "after training on for {resume} steps"))
-_SELECTION_MARKERS = "ovsPX^<>Dhdp*"
-_SELECTION_COLOURS = ("#b2182b", "#ef8a62", "#d6604d", "#f4a582", "#c51b7d", "#8c510a", "#bf812d", "#dfc27d")
+_SELECTION_MARKERS = "svP^<>XDhd"
+_SELECTION_COLOURS = ("#b2182b", "#e08214", "#8c510a", "#c51b7d", "#bf812d", "#d6604d")
+_LIGHT_MARKERS = "osD^v"
 _LIGHT_COLOURS = ("#2166ac", "#1b7837", "#762a83", "#01665e", "#4393c3", "#5aae61", "#9970ab")
+_PARTS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
+_TICKS = (-1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def draw(folder: Path, name: str, records: Sequence[Record]) -> list[Path]:
@@ -27,6 +31,7 @@ def draw(folder: Path, name: str, records: Sequence[Record]) -> list[Path]:
         InvalidInputError: there is nothing to draw.
     """
     require("matplotlib")
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,25 +40,26 @@ def draw(folder: Path, name: str, records: Sequence[Record]) -> list[Path]:
         msg = f"there are no results of {name} to draw"
         raise InvalidInputError(msg)
     plan = records[0].plan
-    figure: Any = Figure(figsize=(11, 5.2), layout="constrained")
+    figure: Any = Figure(figsize=(11, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(_PANELS), sharex=True, sharey=True)
     for axis, (when, title) in zip(axes, _PANELS, strict=True):
         _panel(axis, summaries, when)
         axis.set_title(title.format(resume=plan.resume), fontsize=10)
-    axes[0].set_ylabel("held-out loss above the full checkpoint's, %")
-    figure.supxlabel("bytes written over the run, relative to full commits", fontsize=10)
+        axis.set_xlabel("bytes written over the run, of those of full commits", fontsize=9)
+    axes[0].set_ylabel("held-out loss above the full checkpoint's, %", fontsize=9)
     seeds = len({record.plan.seed for record in records})
     figure.suptitle(
-        f"{plan.task}: {records[0].parameters / 1e6:.1f} M parameters, {plan.optimizer}, {plan.commits} commits"
-        f" {plan.every} steps apart, {seeds} seed{'s' * (seeds != 1)}",
+        f"{plan.group}: {records[0].parameters / 1e6:.1f} M parameters, {plan.commits} commits {plan.every} steps"
+        f" apart, {seeds} seed{'s' * (seeds != 1)}",
         fontsize=11,
     )
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7.5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     paths = [folder / f"{name}.svg", folder / f"{name}.png"]
-    # Without a date, equal results give equal files.
-    figure.savefig(paths[0], metadata={"Date": None})
+    # Without a date and with names of its own for what it repeats, equal results give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(paths[0], metadata={"Date": None})
     figure.savefig(paths[1], dpi=160)
     return paths
 
@@ -67,57 +73,73 @@ def _panel(axis: Any, summaries: Sequence[Summary], when: str) -> None:  # noqa:
         if summary.contender == NUDGED:
             mean: Mean = getattr(summary, when)
             band = abs(mean.value) + 2 * mean.error
-            axis.axhspan(-band, band, color="0.85", zorder=0, linewidth=0, label="chance (nudged weights), ±2 s.e.")
+            axis.axhspan(-band, band, color="0.85", zorder=0, linewidth=0, label="chance: nudged weights, ± 2 s.e.")
     drawn = [summary for summary in summaries if summary.contender != NUDGED]
     front = frontier([(summary.share, getattr(summary, when).value) for summary in drawn])
-    axis.plot(*zip(*front, strict=True), color="#fdd835", linewidth=7, alpha=0.55, zorder=1, label="frontier")
-    selections = 0
-    for at, (strategy, found) in enumerate(_curves(drawn).items()):
-        light = parse_contender(found[0].contender).bits is not None
-        if strategy == FULL:
-            look = {"color": "black", "marker": "*", "markersize": 11}
-        elif light:
-            look = {"color": _LIGHT_COLOURS[(at - selections) % len(_LIGHT_COLOURS)], "marker": "o", "markersize": 4.5}
-        else:
-            look = {
-                "color": _SELECTION_COLOURS[selections % len(_SELECTION_COLOURS)],
-                "marker": _SELECTION_MARKERS[selections % len(_SELECTION_MARKERS)],
-                "markersize": 6.5,
-            }
-            selections += 1
-        _curve(axis, strategy, found, when, look)
-    axis.grid(visible=True, which="major", color="0.92", linewidth=0.6)
+    axis.plot(*zip(*front, strict=True), color="#fdd835", linewidth=7, alpha=0.5, zorder=1, label="frontier")
+    looks = _looks()
+    for name, found in _curves(drawn).items():
+        _curve(axis, name, found, when, next(looks[_kind(found[0])]))
+    _scales(axis, [summary.share for summary in drawn])
+
+
+def _scales(axis: Any, shares: Sequence[float]) -> None:  # noqa: ANN401
+    least = min(shares) * 0.8
+    axis.set_xlim(least, 1.25)
+    axis.set_xticks([1 / part for part in _PARTS if 1 / part >= least])
+    axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter(lambda value, _: f"1/{1 / value:.0f}" if value < 1 else "1")
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in _TICKS if low <= tick <= high])
+    axis.set_yticks([], minor=True)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.grid(visible=True, color="0.92", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=8)
-    axis.xaxis.set_major_formatter(_as_fraction)
-    axis.xaxis.set_minor_formatter("")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _as_fraction(value: float, _: int) -> str:
-    return f"1/{1 / value:.0f}" if value < 1 else f"{value:g}"
+def _kind(summary: Summary) -> str:
+    if summary.contender == FULL:
+        return "full"
+    return "light" if "light" in summary.contender or parse_contender(summary.contender).bits else "selection"
 
 
-def _curve(axis: Any, strategy: str, found: Sequence[Summary], when: str, look: dict[str, Any]) -> None:  # noqa: ANN401
+def _looks() -> dict[str, Iterator[dict[str, Any]]]:
+    """Return, for each kind of contender, the looks of one after the other."""
+    return {
+        "full": cycle([{"color": "black", "marker": "*", "markersize": 11, "linestyle": "none"}]),
+        "selection": (
+            {"color": color, "marker": marker, "markersize": 6.5, "linestyle": "none"}
+            for color, marker in zip(cycle(_SELECTION_COLOURS), cycle(_SELECTION_MARKERS), strict=False)
+        ),
+        "light": (
+            {"color": color, "marker": marker, "markersize": 4.5}
+            for color, marker in zip(cycle(_LIGHT_COLOURS), cycle(_LIGHT_MARKERS), strict=False)
+        ),
+    }
+
+
+def _curve(axis: Any, name: str, found: Sequence[Summary], when: str, look: dict[str, Any]) -> None:  # noqa: ANN401
     ordered = sorted(found, key=lambda summary: summary.share)
     means: list[Mean] = [getattr(summary, when) for summary in ordered]
     axis.errorbar(
         [summary.share for summary in ordered],
         [mean.value for mean in means],
         yerr=[mean.error for mean in means],
-        label=strategy,
+        label=name,
         linewidth=1.1,
         elinewidth=0.8,
         capsize=2,
         zorder=3,
         **look,
     )
-    for summary, mean in zip(ordered, means, strict=True):
+    for at, (summary, mean) in enumerate(zip(ordered, means, strict=True)):
         if (bits := parse_contender(summary.contender).bits) is not None:
             axis.annotate(
                 bits,
                 (summary.share, mean.value),
-                xytext=(3, 4),
+                # Above and below in turn, as neighbours are close.
+                xytext=(2, 4 if at % 2 else -9),
                 textcoords="offset points",
                 fontsize=6.5,
                 color=look["color"],
@@ -125,12 +147,14 @@ def _curve(axis: Any, strategy: str, found: Sequence[Summary], when: str, look: 
 
 
 def _curves(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
-    """Put what differs in bits alone into one curve."""
+    """Put what differs in bits alone into one curve; what is made with the bounds of a store is one of its own."""
     curves: dict[str, list[Summary]] = {}
     for summary in summaries:
         contender = parse_contender(summary.contender)
+        name = contender.strategy.replace("bytes_per_commit={filter}", "bytes of the filter")
         codec = f" + {contender.codec}" if contender.codec != "none" else ""
-        curves.setdefault(f"{contender.strategy}{codec}", []).append(summary)
+        defaults = ", defaults" if _kind(summary) == "light" and contender.bits is None else ""
+        curves.setdefault(f"{name}{codec}{defaults}", []).append(summary)
     return curves
 
 

@@ -1,7 +1,7 @@
 """What was found: one line of JSON per run and contender, appended when it is known and never changed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -108,11 +108,12 @@ class Results:
         """Read what is there."""
         self.path = folder / FILE
         folder.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # A line that was cut off by a crash is made again.
-        self._records = {record.key: record for line in lines if (record := _parsed(line)) is not None}
+        text = self.path.read_text() if self.path.exists() else ""
+        # A line that was cut off by a crash is made again; what comes next must not be joined to it.
+        self._cut_off = bool(text) and not text.endswith("\n")
+        self._records = {record.key: record for line in text.splitlines() if (record := _parsed(line)) is not None}
 
-    def __iter__(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Iterator[Record]:
         """Iterate over the records in the order in which they were found."""
         return iter(self._records.values())
 
@@ -123,7 +124,8 @@ class Results:
     def add(self, record: Record) -> None:
         """Append a record to the file."""
         with self.path.open("a") as file:
-            file.write(json.dumps(record.to_json()) + "\n")
+            file.write("\n" * self._cut_off + json.dumps(record.to_json()) + "\n")
+        self._cut_off = False
         self._records[record.key] = record
 
 
@@ -141,8 +143,8 @@ class Mean:
     value: float
     error: float
     """Standard error over all looks of all seeds; 0 for a single one."""
-    worst: float
-    count: int
+    farthest: float
+    """The value that is farthest from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,4 +184,4 @@ def _summary(contender: str, records: list[Record]) -> Summary:
 
 def _mean(values: list[float]) -> Mean:
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return Mean(fmean(values), error, max(values), len(values))
+    return Mean(fmean(values), error, max(values, key=abs))

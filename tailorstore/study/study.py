@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tailorstore.domain.errors import NotFoundError
-from tailorstore.study.contenders import FULL, NUDGED, Contender, parse_contender
+from tailorstore.study.contenders import FILTERS, FULL, NUDGED, SHOWN_LIGHT, Contender, parse_contender
+from tailorstore.study.factors import Row, factors_table, measure_factors
 from tailorstore.study.fullrun import FullRun, Say
 from tailorstore.study.picture import draw
 from tailorstore.study.plan import Plan
@@ -92,6 +93,25 @@ def run_study(
     return [record for record in found if record is not None]
 
 
+def run_factors(plan: Plan, folders: Folders, *, keep: bool, say: Say) -> tuple[list[Row], Path]:
+    """Find out where each factor of the bytes comes from, along the run of the plan's seed, and write a table of it.
+
+    Returns:
+        Its rows, and the file.
+
+    Raises:
+        MissingDependencyError, AlreadyExistsError: as :func:`run_study`.
+    """
+    run = FullRun(Trainer(plan), folders.work, keep=keep)
+    try:
+        rows = measure_factors(run, FILTERS[plan.task], SHOWN_LIGHT, folders.scratch / "factors", say=say)
+    finally:
+        run.close()
+    path = folders.out / f"{plan.group}-factors.md"
+    path.write_text(factors_table(rows, plan.group))
+    return rows, path
+
+
 def _run_seed(
     plan: Plan, contenders: Sequence[Contender], results: Results, folders: Folders, *, keep: bool, say: Say
 ) -> None:
@@ -99,7 +119,6 @@ def _run_seed(
     if not left:
         say(f"{plan.name}: known already")
         return
-    trainer = Trainer(plan)
     # First those that need no other's figures: the filter is one of them.
     for group in (
         [contender for contender in left if not contender.asks_for_filter],
@@ -109,9 +128,9 @@ def _run_seed(
             continue
         filters = [record for record in results if record.plan == plan and record.contender.startswith("filter(")]
         filter_bytes = filters[0].bytes_per_commit if filters else None
-        run = FullRun(trainer, folders.work, keep=keep)
+        run = FullRun(Trainer(plan), folders.work, keep=keep)
         try:
-            for record in replay(run, group, folders.scratch, filter_bytes=filter_bytes, say=say):
+            for record in replay(run, group, folders.scratch / "replay", filter_bytes=filter_bytes, say=say):
                 results.add(record)
         finally:
             run.close()

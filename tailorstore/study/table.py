@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tailorstore.study.contenders import FULL, NUDGED
+from tailorstore.study.contenders import NUDGED
 from tailorstore.study.results import Mean, Record, Summary, summarise
 
 _HEAD = (
@@ -14,7 +14,7 @@ _HEAD = (
     "mean age, commits",
     "loss at restore, %",
     "after {resume} steps, %",
-    "worst, %",
+    "farthest from 0, %",
 )
 
 
@@ -35,9 +35,9 @@ def table(records: Sequence[Record]) -> str:
         f" apart, {seeds} seed{'s' * (seeds != 1)}. Full commits write {full / 1e6:.1f} MB in all, torch.save files of"
         f" the same states {first.bytes_torch * plan.commits / 1e6:.1f} MB. Composites were looked at after commits"
         f" {looked_at} of each run. Loss: held-out loss above the full checkpoint's, as restored and after both were"
-        " trained on with the same batches; mean ± standard error over all looks, and the worst of both. Bytes:"
-        f" everything in storage but the catalog, over all commits. `{NUDGED}`: the full checkpoint with every weight"
-        " moved by one unit in the last place, which shows what chance does."
+        " trained on with the same batches; mean ± standard error over all looks, and the look of either that is"
+        f" farthest from 0. Bytes: everything in storage but the catalog, over all commits. `{NUDGED}`: the full"
+        " checkpoint with every weight moved by one unit in the last place, which shows what chance does."
     )
     lines = [
         f"# {plan.task}, {plan.size}, {plan.optimizer}",
@@ -53,7 +53,7 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _cells(summary: Summary) -> list[str]:
-    worst = max(summary.restored.worst, summary.resumed.worst)
+    farthest = max(summary.restored.farthest, summary.resumed.farthest, key=abs)
     return [
         f"`{summary.contender}`",
         f"{summary.share:.4f}",
@@ -62,7 +62,7 @@ def _cells(summary: Summary) -> list[str]:
         f"{summary.mean_age:.1f}",
         _mean(summary.restored),
         _mean(summary.resumed),
-        f"{worst:+.3f}" if summary.contender != FULL else "0",
+        f"{farthest:+.3f}",
     ]
 
 

@@ -1,10 +1,12 @@
 """A trainer whose steps depend on nothing but the state they start from, so that two states can be compared."""
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+import tailorstore as ts
+from tailorstore.study.mixed import MixedState
 from tailorstore.study.optimizers import make_optimizers, set_rates
 from tailorstore.study.plan import Plan
 from tailorstore.study.tasks import make_task
@@ -29,53 +31,22 @@ class Trainer:
         self.device = device or default_device()
         self._task = make_task(plan, self.device)
         self.model = self._task.model
-        self._freeze()
-        self.optimizers = make_optimizers(plan.optimizer, self.model, self._task.peak_rates)
-
-    def _freeze(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if self.plan.is_frozen(name):
+            if plan.is_frozen(name):
                 parameter.requires_grad_(False)
-            if self.plan.precision == "mixed" and not parameter.requires_grad:
-                # Without a master, its state is what bfloat16 holds.
-                parameter.data = parameter.data.bfloat16().float()
+        self.optimizers = make_optimizers(plan.optimizer, self.model, self._task.peak_rates)
+        self._mixed = MixedState(self.model, self.optimizers) if plan.precision == "mixed" else None
 
     def state(self) -> tuple[Any, Any]:
         """Return what is committed: a model, or its tensors by name, and its optimizers, or their state by name."""
-        if self.plan.precision == "float32":
-            return self.model, self.optimizers
-        model = {
-            name: tensor.bfloat16() if tensor.is_floating_point() else tensor
-            for name, tensor in self.model.state_dict().items()
-        }
-        slots = {
-            name: {_MASTER: parameter.detach(), **self._optimizer_of(parameter).state[parameter]}
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-        return model, slots
+        return self._mixed.collect() if self._mixed else (self.model, self.optimizers)
 
     def load(self, checkpoint: ts.Checkpoint) -> None:
         """Take over a composite's state."""
-        if self.plan.precision == "float32":
+        if self._mixed:
+            self._mixed.put(checkpoint)
+        else:
             checkpoint.restore(self.model, self.optimizers)
-            return
-        model, _ = self.state()
-        stored: dict[str, dict[str, Any]] = {}
-        checkpoint.restore(model, stored)
-        for name, parameter in self.model.named_parameters():
-            found = dict(stored.get(name, {}))
-            parameter.data.copy_(found.pop(_MASTER, model[name]))
-            if found:
-                slots = self._optimizer_of(parameter).state[parameter]
-                slots.update({slot: _like(value, slots.get(slot), parameter) for slot, value in found.items()})
-
-    def _optimizer_of(self, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
-        return next(
-            optimizer
-            for optimizer in self.optimizers
-            if any(parameter is one for group in optimizer.param_groups for one in group["params"])
-        )
 
     @property
     def parameters(self) -> int:
@@ -120,8 +91,10 @@ class Trainer:
 
     def torch_save_bytes(self) -> int:
         """Return the size of the file that ``torch.save`` would make of model and optimizers."""
-        model, optim = self.state()
-        state = [part if isinstance(part, dict) else part.state_dict() for part in (model, *_several(optim))]
+        if self._mixed:
+            state: Any = self._mixed.collect()
+        else:
+            state = self.model.state_dict(), [optimizer.state_dict() for optimizer in self.optimizers]
         sink = _Sink()
         torch.save(state, sink)
         return sink.size

@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailorstore.bench import local, remote
+from tailorstore.bench import local, remote, selection
 from tailorstore.bench.report import Row, machine, show
 from tests.bench import catalog_scale
 from tests.kit.postgres import run_postgres
 from tests.kit.s3 import run_s3
 
-PARTS = ("local", "s3", "catalog")
+PARTS = ("local", "selection", "s3", "catalog")
 CATALOG_TARGETS_MS = {"resolve": 10.0, "log": 10.0, "publish": 50.0}
 
 
@@ -67,6 +67,10 @@ def main() -> None:
         say(f"measuring: {part}")
         if part == "local":
             tables[part] = local.measure(
+                local.default_folder(), gigabytes=options.gigabytes, repeat=options.repeat, say=say
+            )
+        elif part == "selection":
+            tables[part] = selection.measure(
                 local.default_folder(), gigabytes=options.gigabytes, repeat=options.repeat, say=say
             )
         elif part == "s3":

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import tailorstore as ts
 from tailorstore.demo.model import Size, Transformer
 from tailorstore.demo.story import MARKER, demo_plan, prepare
 from tailorstore.demo.text import Batches, load_text
-from tailorstore.demo.train import Plan, TakingTurns, train
-from tailorstore.domain.mask import LayerState
+from tailorstore.demo.train import Plan, train
+from tailorstore.domain.strategies import Budget, MaxAge
 
 COMMAND = [sys.executable, "-m", "tailorstore.cli.main"]
 
@@ -69,7 +70,16 @@ def test_the_killed_commit_was_made_again_and_nothing_is_broken(told: tuple[Path
 def test_the_commands_that_it_prints_work(told: tuple[Path, str, str], tmp_path: Path) -> None:
     _, output, _ = told
     lines = [line.strip() for line in output.splitlines() if re.match(r"  \S*tailorstore [a-z]", line)]
-    assert [line.split()[1] for line in lines] == ["log", "show", "diff", "checkout", "gc", "verify"]
+    assert [line.split()[1] for line in lines] == [
+        "log",
+        "show",
+        "diff",
+        "heatmap",
+        "strategies",
+        "checkout",
+        "gc",
+        "verify",
+    ]
     for line in lines:
         program, *arguments = shlex.split(line)
         command = [str(Path(program).absolute()) if "/" in program else program, *arguments]
@@ -83,7 +93,9 @@ def test_a_stopped_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     events: list[tuple[str, dict[str, float]]] = []
 
     def run(store: str, steps: int) -> None:
-        plan = Plan(str(tmp_path / store), steps=steps, commit_every=2, batch=2, held_out_batches=1, size=size)
+        plan = Plan(
+            str(tmp_path / store), steps=steps, commit_every=2, mask="all()", batch=2, held_out_batches=1, size=size
+        )
         train(plan, lambda name, **values: events.append((name, values)))
 
     run("stopped", 4)
@@ -93,18 +105,48 @@ def test_a_stopped_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     events.clear()
     run("through", 8)
     through = {values["step"]: values["loss"] for name, values in events if name == "step"}
-    # One middle block, so every commit is a full one: the losses must be the same to the bit.
+    # Every commit is a full one: the losses must be the same to the bit.
     assert stopped == through
 
 
-def test_the_middle_takes_turns() -> None:
-    states = {name: _state(name, step) for name, step in [("tokens", 9), *[(f"blocks.{at}", at) for at in range(5)]]}
-    context = ts.MaskContext("main", 10, states)
-    assert TakingTurns(at_once=2).select(context) == ["tokens", "blocks.0", "blocks.1", "blocks.2", "blocks.4"]
+def test_it_trains_under_any_strategy_and_goes_on_from_light_versions(tmp_path: Path) -> None:
+    plan = replace(demo_plan(tmp_path / "store", steps=24, quick=True, mask="staggered(2)"), steps=8, commit_every=2)
+    assert plan.mask == "staggered(n=2)"
+    train(replace(plan, steps=4), lambda *_, **__: None)
+    events: list[str] = []
+    train(plan, lambda name, **_: events.append(name))
+    assert "restored" in events
+    with ts.open_store(tmp_path / "store") as store:
+        assert [commit.step for commit in store.log()] == [8, 6, 4, 2]
+        assert set(store.checkout().fidelity.values()) == {"full", "light"}
 
 
-def _state(name: str, step: int) -> LayerState:
-    return LayerState(name, 1, step)
+def test_a_mask_that_is_no_strategy_is_refused_before_anything_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    prepare(folder)
+    (folder / "catalog.sqlite").write_text("of an earlier demo")
+    ended = subprocess.run(
+        [*COMMAND, "demo", "--mask", "budgt('2 MB')", "--to", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "nearest: 'budget'" in ended.stderr
+    assert (folder / "catalog.sqlite").exists()
+
+
+def test_the_budgets_leave_room_for_their_bounds_and_are_a_part_of_a_full_save() -> None:
+    for quick in (False, True):
+        plan = demo_plan(Path("x"), quick=quick)
+        model = Transformer(plan.size)
+        sizes = [12 * sum(one.numel() for one in layer.parameters()) for layer in _layers(model)]
+        bounded = ts.parse_strategy(plan.mask)
+        assert isinstance(bounded, MaxAge)
+        assert isinstance(bounded.inner, Budget)
+        budget = int(bounded.inner.bytes_per_commit or 0)
+        assert sum(sizes) / ((bounded.commits or 0) + 1) + max(sizes) < budget < 0.4 * sum(sizes)
+
+
+def _layers(model: Transformer) -> list[torch.nn.Module]:
+    return [model.tokens, model.positions, *model.blocks, model.norm, model.head]
 
 
 def test_batches_depend_on_their_position_alone() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from tailorstore.domain.errors import MaskError
 from tailorstore.domain.mask import LayerState, MaskContext, resolve_mask
+from tailorstore.domain.strategies import TopK
 
 LAYERS = ["wte", "h.0", "h.1", "h.10", "head"]
 CONTEXT = MaskContext("main", 7, {name: LayerState(name, 4, None) for name in LAYERS}, tied={"out": "wte"})
@@ -51,6 +52,11 @@ def test_a_strategy_is_asked_with_what_it_needs_to_know() -> None:
         ([3], "holds layer names"),
         (7, "a mask is None"),
         (["@extra"], "written by every commit"),
+        (
+            "budget('2GB').max_age(5)",
+            r"unknown layer.*write mask=ts\.parse_strategy\(\"budget\('2GB'\)\.max_age\(5\)\"\)",
+        ),
+        (TopK, r"the class TopK itself; .*mask=TopK\(…\)"),
     ],
 )
 def test_refused(mask: Any, message: str) -> None:

@@ -1,6 +1,7 @@
 """Strategies by name: what texts and config files mean, and what is refused."""
 
 import json
+import re
 import tomllib
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailorstore.domain.errors import MaskError
+from tailorstore.domain.mask import MaskContext
 from tailorstore.domain.records import MEASURES
 from tailorstore.domain.strategies import (
     STRATEGIES,
@@ -26,8 +28,10 @@ from tailorstore.domain.strategies import (
     Threshold,
     TopK,
     Union,
+    config_of,
     parse_bytes,
     parse_strategy,
+    signature_of,
     strategy_from_config,
 )
 
@@ -191,6 +195,31 @@ def test_a_config_file_describes_strategies_within_strategies() -> None:
         bytes_per_hour=2 * 10**9
     )
     assert strategy_from_config("parity") == Parity()
+
+
+@given(ANY)
+def test_the_config_of_a_strategy_describes_an_equal_one(strategy: Any) -> None:
+    config = json.loads(json.dumps(config_of(strategy)))
+    assert strategy_from_config(config) == strategy
+
+
+def test_strategies_of_others_have_no_config() -> None:
+    class Mine:
+        def select(self, context: MaskContext) -> list[str]:
+            return list(context.layers)
+
+    with pytest.raises(MaskError, match="has no name to be configured by"):
+        config_of(Parity() | Mine())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_signatures_are_strategies_once_their_arguments_are_given(name: str) -> None:
+    text = signature_of(name).replace("STRATEGY", "parity()")
+    for argument, value in {"k": "3", "n": "4", "above": "0.5", "every": "5"}.items():
+        text = re.sub(rf"(?<=[(, ]){argument}(?=[,)])", f"{argument}={value}", text)
+    if "bytes_per_commit" in text or "commits" in text:
+        text = text.replace("commit=None", "commit=5").replace("commits=None", "commits=5")
+    assert type(parse_strategy(text)) is STRATEGIES[name]
 
 
 @pytest.mark.parametrize(

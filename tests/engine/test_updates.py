@@ -41,7 +41,7 @@ def test_figures_stand_by_commit_and_layer() -> None:
             {"a": LayerMeasures(1.0, 0.1, 2.0, 3.0, 4.0), "b": LayerMeasures(None, None, None, None, None, False)},
         ),
     ]
-    found = collect_updates(rows)
+    found = collect_updates(rows, order=["b", "a"])
     assert found.steps.tolist() == [10, 20]
     assert found.steps.dtype == np.int64
     assert found.layers == ("b", "a")

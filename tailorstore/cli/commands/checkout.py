@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from tailorstore.cli.output import Column, count, natural, print_json, print_line, print_table, size
+from tailorstore.cli.output import Column, count, print_json, print_line, print_table, size
 from tailorstore.cli.progress import progress_bars
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
+from tailorstore.domain.names import natural
 
 if TYPE_CHECKING:
     from tailorstore.engine.checkout import Checkpoint

@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from tailorstore.demo.story import DemoResult, Report
 
 
-@make_command("demo", examples=["tailorstore demo", "tailorstore demo --to /tmp/demo --steps 400"])
+@make_command(
+    "demo",
+    examples=[
+        "tailorstore demo",
+        "tailorstore demo --to /tmp/demo --steps 400",
+        'tailorstore demo --mask "staggered(4)"      # a quarter in full, the rest light',
+    ],
+)
 @click.option(
     "--to",
     "folder",
@@ -44,7 +51,12 @@ if TYPE_CHECKING:
 )
 @click.option("--steps", type=click.IntRange(min=1), help="How long to train.  [default: 240]")
 @click.option("--quick", is_flag=True, help="A tiny model and few steps.")
-def command(settings: Settings, folder: Path, steps: int | None, quick: bool) -> None:
+@click.option(
+    "--mask",
+    metavar="TEXT",
+    help="Which layers commits write; see 'tailorstore strategies'.  [default: a budget of bytes, a quarter of all]",
+)
+def command(settings: Settings, folder: Path, steps: int | None, quick: bool, mask: str | None) -> None:
     """Train, be killed in mid-commit, restore and train on, with what this machine has.
 
     Trains a small transformer on the sources of Python's standard library and commits a part of its layers at
@@ -53,7 +65,7 @@ def command(settings: Settings, folder: Path, steps: int | None, quick: bool) ->
     """
     from tailorstore.demo.story import demo_plan, prepare, run_demo
 
-    plan = demo_plan(folder, steps=steps, quick=quick)
+    plan = demo_plan(folder, steps=steps, quick=quick, mask=mask)
     prepare(folder)
     with _told(settings, plan.steps) as report:
         result = run_demo(folder, plan, report)
@@ -138,6 +150,7 @@ def _print_result(result: "DemoResult") -> None:
     leftovers = f"{count(result.leftovers, 'leftover')}, {size(result.leftovers_bytes)}"
     print_details(
         [
+            ("mask", result.mask),
             ("written", f"{size(result.bytes_written)} in {count(len(result.commits), 'commit')}"),
             ("full saves", f"{size(result.bytes_full)} would have been written at the same steps"),
             ("ratio", f"{share(result.bytes_written, result.bytes_full)}, or {times_less:.1f} times less"),
@@ -150,6 +163,8 @@ def _print_result(result: "DemoResult") -> None:
         f"{program} log --store {store}",
         f"{program} show {crash.head} --store {store}",
         f"{program} diff {crash.head} latest --store {store}",
+        f"{program} heatmap --measure curvature --store {store}",
+        f"{program} strategies {shlex.quote(result.mask)} --store {store}",
         f"{program} checkout latest --to model.safetensors --store {store}",
         f"{program} gc --keep-last 3 --keep-best held_out --dry-run --store {store}",
         f"{program} verify --store {store}",

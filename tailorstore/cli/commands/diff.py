@@ -2,9 +2,10 @@
 
 import click
 
-from tailorstore.cli.output import Column, count, natural, print_json, print_line, print_table, size
+from tailorstore.cli.output import Column, count, print_json, print_line, print_table, size
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
+from tailorstore.domain.names import natural
 
 _COLUMNS = (
     Column("layer", style="cyan"),

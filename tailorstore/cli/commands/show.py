@@ -9,7 +9,6 @@ from tailorstore.cli.output import (
     ago,
     count,
     metrics,
-    natural,
     print_details,
     print_json,
     print_line,
@@ -19,6 +18,7 @@ from tailorstore.cli.output import (
 )
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
+from tailorstore.domain.names import natural
 from tailorstore.domain.records import Commit, LayerInfo
 
 COLUMNS = (

@@ -1,13 +1,14 @@
 """``tailorstore study``: what composites cost in quality per byte written, measured on this machine."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from tailorstore.cli.output import Column, print_heading, print_json, print_line, print_note, print_table
+from tailorstore.cli.output import Column, print_heading, print_json, print_line, print_note, print_table, size
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
-from tailorstore.study.plan import EVERY, OPTIMIZERS, RESUME, SIZES, TASKS, Plan
+from tailorstore.study.plan import EVERY, OPTIMIZERS, PRECISIONS, RESUME, SIZES, TASKS, Plan
 
 COLUMNS = (
     Column("contender"),
@@ -16,6 +17,9 @@ COLUMNS = (
     Column("at restore, %", right=True),
     Column("resumed, %", right=True),
 )
+
+if TYPE_CHECKING:
+    from tailorstore.study.factors import Row
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -32,9 +36,22 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
     "--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True, help="What to train it with."
 )
 @click.option(
-    "--size", type=click.Choice(SIZES), default="small", show_default=True, help="Of the model; 300m wants a GPU."
+    "--size",
+    "model_size",
+    type=click.Choice(SIZES),
+    default="small",
+    show_default=True,
+    help="Of the model; 300m wants a GPU.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="How many runs.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="Of states; mixed: bfloat16 weights with float32 masters, 14 bytes a parameter under AdamW.",
+)
+@click.option("--freeze", metavar="GLOB", multiple=True, help="Parameters that are not trained; may be repeated.")
 @click.option(
     "--strategy",
     "strategies",
@@ -60,13 +77,16 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--work", type=_FOLDER, show_default="OUT/runs", help="For the runs, stored in full at every commit.")
 @click.option("--discard", is_flag=True, help="Keep no states of a run and train anew for each pass: for large models.")
+@click.option("--factors", is_flag=True, help="Only find out where each factor of the bytes comes from; one run.")
 @click.option("--draw-only", is_flag=True, help="Draw what is known, run nothing.")
 def command(
     settings: Settings,
     task: str,
     optimizer: str,
-    size: str,
+    model_size: str,
     seeds: int,
+    precision: str,
+    freeze: tuple[str, ...],
     strategies: tuple[str, ...],
     commits: int,
     every: int | None,
@@ -75,6 +95,7 @@ def command(
     out: Path,
     work: Path | None,
     discard: bool,
+    factors: bool,
     draw_only: bool,
 ) -> None:
     """Measure what strategies cost in quality per byte.
@@ -85,18 +106,23 @@ def command(
     for each task, size and optimizer. Interrupted, it goes on where it was; strategies can be added later.
     """
     from tailorstore.study.contenders import default_contenders
-    from tailorstore.study.study import draw_results, make_folders, run_study
+    from tailorstore.study.study import draw_results, make_folders, run_factors, run_study
 
     plan = Plan(
         task,
         optimizer,
-        size,
+        model_size,
         commits=commits,
         every=every or EVERY[task],
         evaluations=evaluations,
         resume=resume or RESUME[task],
+        precision=precision,
+        freeze=",".join(freeze),
     )
     with make_folders(out, work) as folders:
+        if factors:
+            _print_factors(settings, *run_factors(plan, folders, keep=not discard, say=print_note))
+            return
         if not draw_only:
             run_study(
                 plan,
@@ -110,7 +136,7 @@ def command(
     if settings.json:
         print_json({"written": [str(path) for path in written], "contenders": summaries})
         return
-    print_heading(f"{task}, {size}, {optimizer}: bytes relative to full commits; loss above the full checkpoint's")
+    print_heading(f"{plan.group}: bytes relative to full commits; loss above the full checkpoint's")
     print_table(
         COLUMNS,
         [
@@ -126,3 +152,15 @@ def command(
     )
     for path in written:
         print_line(f"  {path}", wrap=False)
+
+
+def _print_factors(settings: Settings, rows: "list[Row]", path: Path) -> None:
+    if settings.json:
+        print_json({"written": [str(path)], "rows": rows})
+        return
+    first = rows[0].bytes_written
+    print_table(
+        (Column(""), Column("bytes", right=True), Column("times fewer", right=True)),
+        [[row.what, size(row.bytes_written), f"{first / row.bytes_written:.2f}"] for row in rows],
+    )
+    print_line(f"  {path}", wrap=False)

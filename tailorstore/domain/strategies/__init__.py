@@ -18,6 +18,8 @@ Any of them is a ``mask=``, by itself or joined with others::
 | ``a.anchor(every)`` | everything at every n-th commit |
 | ``a.light_rest()`` | what is left out, light |
 
+Those that go by a measure weight it by the layer's age, unless told otherwise: see :class:`Budget`.
+
 Whatever they say, a layer that the branch has never stored is written in full, so the first commit is a full one;
 a light version that is out of the question becomes a full one.
 """
@@ -27,7 +29,7 @@ from tailorstore.domain.strategies.checks import IMPORTANCE, parse_bytes
 from tailorstore.domain.strategies.composing import Anchor, Intersection, LightRest, MaxAge, StrategyBase, Union
 from tailorstore.domain.strategies.measured import Threshold, TopK
 from tailorstore.domain.strategies.schedules import All, Filter, Light, Parity, RoundRobin, Staggered
-from tailorstore.domain.strategies.text import STRATEGIES, parse_strategy, strategy_from_config
+from tailorstore.domain.strategies.text import STRATEGIES, config_of, parse_strategy, signature_of, strategy_from_config
 
 __all__ = [
     "IMPORTANCE",
@@ -47,7 +49,9 @@ __all__ = [
     "Threshold",
     "TopK",
     "Union",
+    "config_of",
     "parse_bytes",
     "parse_strategy",
+    "signature_of",
     "strategy_from_config",
 ]

@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from tailorstore.domain.errors import MaskError
 from tailorstore.domain.mask import MaskContext, Strategy, resolve_mask
@@ -55,13 +56,17 @@ class StrategyBase(ABC):
         return Intersection(self, other) if isinstance(other, Strategy) else NotImplemented
 
     def __str__(self) -> str:
-        given = [(field, getattr(self, field.name)) for field in fields(self) if field.init]  # type: ignore[arg-type]
         shown = ", ".join(
-            f"{field.name}={value if isinstance(value, Strategy) else repr(value)}"
-            for field, value in given
-            if field.default is MISSING or value != field.default
+            f"{name}={value if isinstance(value, Strategy) else repr(value)}"
+            for name, value in given_arguments(self).items()
         )
         return f"{name_of(type(self))}({shown})"
+
+
+def given_arguments(strategy: StrategyBase) -> dict[str, Any]:
+    """Return the arguments of a strategy, without those that are what they are by default."""
+    given = [(field, getattr(strategy, field.name)) for field in fields(strategy) if field.init]  # type: ignore[arg-type]
+    return {field.name: value for field, value in given if field.default is MISSING or value != field.default}
 
 
 def name_of(strategy: type[StrategyBase]) -> str:

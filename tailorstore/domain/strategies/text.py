@@ -15,6 +15,7 @@ from tailorstore.domain.strategies.composing import (
     MaxAge,
     StrategyBase,
     Union,
+    given_arguments,
     name_of,
 )
 from tailorstore.domain.strategies.measured import Threshold, TopK
@@ -41,6 +42,7 @@ STRATEGIES: Mapping[str, type[StrategyBase]] = {
 }
 """Every strategy by its name in texts and config files."""
 
+_OPERATORS = {name_of(Union): "|", name_of(Intersection): "&"}
 _MOST_CHARACTERS = 10_000
 _MOST_NESTED = 100
 
@@ -85,6 +87,47 @@ def strategy_from_config(config: Mapping[str, object] | str) -> Strategy:
         'parity().max_age(commits=5)'
     """
     return _from_config(config, 0)
+
+
+def config_of(strategy: Strategy) -> dict[str, object]:
+    """Return the mapping that :func:`strategy_from_config` makes an equal strategy of.
+
+    Raises:
+        MaskError: it is, or holds, a strategy that is none of :data:`STRATEGIES`.
+
+    Examples:
+        >>> config_of(Parity("odd").max_age(commits=5))
+        {'strategy': 'max_age', 'inner': {'strategy': 'parity', 'start': 'odd'}, 'commits': 5}
+    """
+    if not isinstance(strategy, StrategyBase):
+        msg = f"{strategy!r} has no name to be configured by; {known_names(type(strategy).__name__, STRATEGIES)}"
+        raise MaskError(msg)
+    config: dict[str, object] = {"strategy": name_of(type(strategy))}
+    for name, value in given_arguments(strategy).items():
+        config[name] = config_of(value) if isinstance(value, Strategy) else value
+    return config
+
+
+def signature_of(name: str) -> str:
+    """Return how a strategy is written, with the defaults of its arguments.
+
+    Raises:
+        MaskError: no such strategy; has the nearest names.
+
+    Examples:
+        >>> signature_of("top_k"), signature_of("anchor"), signature_of("union")
+        ("top_k(k, by='drift', aged=True)", 'STRATEGY.anchor(every)', 'STRATEGY | STRATEGY')
+    """
+    known = _fields(name)
+    strategies = [field for field in known if field.type is Strategy]
+    if name in _OPERATORS:
+        return f" {_OPERATORS[name]} ".join("STRATEGY" for _ in strategies)
+    arguments = ", ".join(
+        field.name if field.default is MISSING else f"{field.name}={field.default!r}"
+        for field in known
+        if field not in strategies
+    )
+    return f"{'STRATEGY.' if strategies else ''}{name}({arguments})"
 
 
 def _from_config(config: object, depth: int) -> Strategy:

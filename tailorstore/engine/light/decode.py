@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from tailorstore.domain.chunks import Box
-from tailorstore.domain.errors import CorruptDocumentError
 from tailorstore.engine.light.sources import LightSource, Source
 from tailorstore.engine.read import StoredArray, array_jobs, read_array
 from tailorstore.engine.tensors.memory import (
@@ -28,6 +27,8 @@ from tailorstore.storage.transport import Objects
 
 _PIECE = 16 * quantise.SLICE
 """Elements that one job decodes."""
+_AT_ONCE = quantise.SLICE // 2
+"""Elements decoded at once: some are float64 in between, and larger arrays than those of a slice cost page faults."""
 
 
 def read_tensors(objects: Objects, pairs: Iterable[tuple[Source, Tensor]]) -> None:
@@ -122,17 +123,19 @@ def _layer_jobs(objects: Objects, members: Sequence[tuple[LightSource, Tensor]])
     reads: list[tuple[Source, Tensor]] = [(array, held[path]) for path, array in arrays.items()]
     decodes: list[Job] = []
     ends: list[Job] = []
-    coded = {source.path: target for source, target in members if source.master is None}
+    coded = {source.path for source, _ in members if source.master is None}
     masters: dict[str, tuple[LightSource, Tensor]] = {}
     for source, target in members:
-        if source.master is None:
+        if source.path in masters and source.master is None:
+            # Tied when it was committed, and not in what is restored.
+            ends.append(_copy_job(target, masters[source.path][1]))
+        elif source.master is None:
             buffer = target if _in_place(source, target) else empty_host(source.shape, source.dtype)
             if buffer is not target:
                 ends.append(_copy_job(target, buffer))
             masters[source.path] = (source, buffer)
-        else:
-            if source.master.path not in coded and source.master.path not in masters:
-                masters[source.master.path] = (source.master, empty_host(source.shape, source.master.dtype))
+        elif source.master.path not in coded and source.master.path not in masters:
+            masters[source.master.path] = (source.master, empty_host(source.shape, source.master.dtype))
     for source, target in members:
         if source.master is not None:
             ends.append(_round_job(target, source.dtype, masters[source.master.path][1]))
@@ -205,10 +208,9 @@ def _decode(
         raw = out.view(np.uint8)
         raw[low * size : high * size] = parts[EXACT]
         return
-    decode = quantise.decode_log if tensor.coding in LOGARITHMIC else quantise.decode_linear
     logarithmic = tensor.coding in LOGARITHMIC
-    for begin in range(0, high - low, quantise.SLICE):
-        count = min(quantise.SLICE, high - low - begin)
+    for begin in range(0, high - low, _AT_ONCE):
+        count = min(_AT_ONCE, high - low - begin)
         codes_at = quantise.packed_bytes(begin, tensor.bits, block)
         words_at = quantise.scale_words(begin, block, logarithmic=logarithmic)
         codes = parts[CODES][codes_at : codes_at + quantise.packed_bytes(count, tensor.bits, block)]
@@ -217,19 +219,8 @@ def _decode(
         base = quantise.widened(target, tensor.dtype) if source.base is not None else None
         wide: quantise.FloatArray = np.empty(count, np.float64 if tensor.dtype == "float64" else np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
-            decode(codes, words, tensor.bits, block, base, wide)
+            if logarithmic:
+                quantise.decode_log(codes, words, tensor.bits, block, base, tensor.dtype, wide)
+            else:
+                quantise.decode_linear(codes, words, tensor.bits, block, base, wide)
         quantise.narrowed(wide, tensor.dtype, target)
-
-
-def check_base(source: LightSource) -> None:
-    """Make sure that a light version's base has what its table speaks of.
-
-    Raises:
-        CorruptDocumentError: it has not.
-    """
-    if source.base is not None and source.base.record.spec.shape != source.shape:
-        msg = (
-            f"layer {source.version.layer!r} of step {source.version.step}: tensor {source.path!r} has shape"
-            f" {list(source.shape)}, and {list(source.base.record.spec.shape)} in its base"
-        )
-        raise CorruptDocumentError(msg)

@@ -25,6 +25,8 @@ from tailorstore.storage.threads import Job, in_turn
 
 _PIECE = 16 * quantise.SLICE
 _SAMPLE_BLOCKS = 256
+_HALVES = ("bfloat16", "float16")
+"""Rounding to these may err as much as the codes do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,13 @@ class _Coded:
     is_weight: bool
     codes: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     words: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
+    squared_errors: list[float] = field(default_factory=list)
+    """Of its slices, in any order."""
+    squared_norms: list[float] = field(default_factory=list)
 
     @property
     def error(self) -> float:
-        if not math.isfinite(self.squared_error) or not math.isfinite(self.squared_norm):
-            return math.inf
-        if self.squared_norm == 0:
-            return 0.0 if self.squared_error == 0 else math.inf
-        return math.sqrt(self.squared_error / self.squared_norm)
+        return _relative(self.squared_errors, self.squared_norms)
 
 
 class LayerEncoder:
@@ -124,10 +123,12 @@ class LayerEncoder:
     def _choose(self, path: str, live: Tensor, slot: str, master: str | None) -> LightTensor:
         dtype, shape = name_of(live.dtype), tuple(live.shape)
         exact = LightTensor(dtype, shape, "exact")
-        if dtype not in CODED_DTYPES or live.numel() < self._settings.exact_below:
+        if not shape or dtype not in CODED_DTYPES or live.numel() < self._settings.exact_below:
             return exact
         if master is not None:
             return LightTensor(dtype, shape, "rounded", of=master)
+        if not self._bound(path):
+            return exact
         base = self._base.get(path)
         if path in self._weights:
             bits = self._settings.weight_bits
@@ -139,6 +140,9 @@ class LayerEncoder:
         coding = kept if usable and kept is not None else _better_coding(live, base, self._settings.block)
         return exact if coding == "exact" else LightTensor(dtype, shape, coding, self._settings.bits_of_slot(slot))
 
+    def _bound(self, path: str) -> float:
+        return self._settings.max_weight_error if path in self._weights else self._settings.max_slot_error
+
     def _piece(self, path: str, low: int, high: int) -> Job:
         def job() -> None:
             coded = self._coded[path]
@@ -147,7 +151,7 @@ class LayerEncoder:
             base = elements_of(self._base[path], low, high) if tensor.coding in BASED else None
             logarithmic = tensor.coding in LOGARITHMIC
             encode = quantise.encode_log if logarithmic else quantise.encode_linear
-            squared_error = squared_norm = 0.0
+            sums: list[tuple[float, float]] = []
             with np.errstate(invalid="ignore", over="ignore"):
                 for at in range(low, high, quantise.SLICE):
                     end = min(at + quantise.SLICE, high)
@@ -155,27 +159,29 @@ class LayerEncoder:
                     words = slice(*(quantise.scale_words(n, block, logarithmic=logarithmic) for n in (at, end)))
                     part = quantise.widened(live[at - low : end - low], tensor.dtype)
                     of = None if base is None else quantise.widened(base[at - low : end - low], tensor.dtype)
-                    error, norm = encode(part, of, tensor.bits, block, coded.codes[codes], coded.words[words])
-                    squared_error += error
-                    squared_norm += norm
+                    stored = coded.codes[codes], coded.words[words]
+                    measured = encode(part, of, tensor.bits, block, *stored)
+                    if tensor.dtype in _HALVES and math.isfinite(sum(measured)):
+                        decoded = _rounded(tensor, block, *stored, of, part.size)
+                        measured = quantise.measure(part, decoded, logarithmic=logarithmic)
+                    sums.append(measured)
             with self._lock:
-                coded.squared_error += squared_error
-                coded.squared_norm += squared_norm
+                coded.squared_errors += [error for error, _ in sums]
+                coded.squared_norms += [norm for _, norm in sums]
 
         return job
 
     def _finish(self) -> Iterable[Job]:
-        for coded in self._coded.values():
+        for path, coded in self._coded.items():
             tensor = coded.tensor
-            bound = self._settings.max_weight_error if coded.is_weight else self._settings.max_slot_error
-            if tensor.bits and not coded.error <= bound:
+            if tensor.bits and not coded.error <= self._bound(path):
                 coded.tensor = LightTensor(tensor.dtype, tensor.shape, "exact")
         table, arrays = self._lay_out()
         weights = [coded for coded in self._coded.values() if coded.is_weight and coded.tensor.coding != "exact"]
-        norm = sum(coded.squared_norm for coded in weights)
-        error = math.sqrt(sum(coded.squared_error for coded in weights) / norm) if norm else 0.0
+        errors = [error for coded in weights for error in coded.squared_errors]
+        norms = [norm for coded in weights for norm in coded.squared_norms]
         capture = replace(self._capture, arrays=arrays)
-        return self._done(EncodedLayer(capture, table, error))
+        return self._done(EncodedLayer(capture, table, _shortened(_relative(errors, norms))))
 
     def _lay_out(self) -> tuple[LightTable, dict[str, Tensor]]:
         """Put the tensors' codes one behind the other, those that are alike together: they compress better so."""
@@ -197,10 +203,47 @@ class LayerEncoder:
                 tensor = replace(tensor, codes_at=place(EXACT, raw))
             elif tensor.bits:
                 tensor = replace(tensor, codes_at=place(CODES, coded.codes), scales_at=place(SCALES, coded.words))
-            tensors[path] = replace(tensor, error=0.0 if tensor.coding == "exact" else float(f"{coded.error:.4g}"))
+            tensors[path] = replace(tensor, error=0.0 if tensor.coding == "exact" else _shortened(coded.error))
         arrays = {path: tensor_of(np.concatenate(found)) for path, found in parts.items() if found}
         ordered = {path: tensors[path] for path in self._capture.arrays}
         return LightTable(self._settings.block, ordered), arrays
+
+
+def _relative(squared_errors: Iterable[float], squared_norms: Iterable[float]) -> float:
+    """Return the root of the ratio of two sums, the same in whatever order; infinite where there is none."""
+    error, norm = math.fsum(squared_errors), math.fsum(squared_norms)
+    if not math.isfinite(error) or not math.isfinite(norm):
+        return math.inf
+    if norm == 0:
+        return 0.0 if error == 0 else math.inf
+    return math.sqrt(error / norm)
+
+
+def _shortened(error: float) -> float:
+    """Round an error up to four digits: a bound that is short to write."""
+    if not error:
+        return 0.0
+    exponent = math.floor(math.log10(error)) - 3
+    return float(f"{math.ceil(error / 10.0**exponent)}e{exponent}")
+
+
+def _rounded(
+    tensor: LightTensor,
+    block: int,
+    codes: npt.NDArray[np.uint8],
+    words: npt.NDArray[np.uint16],
+    base: quantise.FloatArray | None,
+    count: int,
+) -> quantise.FloatArray:
+    """Decode a slice of a 16-bit tensor as reading it will, and widen it again."""
+    wide: quantise.FloatArray = np.empty(count, np.float32)
+    if tensor.coding in LOGARITHMIC:
+        quantise.decode_log(codes, words, tensor.bits, block, base, tensor.dtype, wide)
+    else:
+        quantise.decode_linear(codes, words, tensor.bits, block, base, wide)
+    narrow = np.empty(count, np.uint16 if tensor.dtype == "bfloat16" else np.float16)
+    quantise.narrowed(wide, tensor.dtype, narrow)
+    return quantise.widened(narrow, tensor.dtype)
 
 
 def _better_coding(live: Tensor, base: Tensor | None, block: int) -> Coding:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from tailorstore.domain.errors import CorruptDocumentError
 from tailorstore.domain.light import BASED, LightTensor
 from tailorstore.domain.records import LayerDocument, LayerVersion
 from tailorstore.engine.read import StoredArray
@@ -74,6 +75,7 @@ def source_of(
 
     Raises:
         KeyError: the layer has no such tensor.
+        CorruptDocumentError: the base does not have what the light version is a difference to.
     """
     if document.light is None:
         return StoredArray(version, document.arrays[path])
@@ -82,7 +84,13 @@ def source_of(
         master = source_of(version, document, tensor.of, base)
         assert isinstance(master, LightSource)  # noqa: S101 (of the same document)
         return LightSource(version, document, path, None, master)
-    if tensor.coding not in BASED or base is None:
+    if tensor.coding not in BASED:
         return LightSource(version, document, path, None)
-    base_version, base_document = base
-    return LightSource(version, document, path, StoredArray(base_version, base_document.arrays[path]))
+    record = base[1].arrays.get(path) if base is not None else None
+    if base is None or record is None or (record.spec.shape, record.spec.dtype) != (tensor.shape, tensor.dtype):
+        msg = (
+            f"layer {version.layer!r} of step {version.step}: tensor {path!r} is a difference to version"
+            f" {version.base_id}, which has no such tensor; run 'tailorstore verify', and restore an older step"
+        )
+        raise CorruptDocumentError(msg)
+    return LightSource(version, document, path, StoredArray(base[0], record))
