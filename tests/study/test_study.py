@@ -146,8 +146,8 @@ def test_factors_come_from_what_was_written(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     rows = [row["bytes_written"] for row in printed["rows"]]
-    whats = [row["what"].partition(":")[0] for row in printed["rows"]]
-    assert whats == [
+    kinds = [row["what"].partition(":")[0] for row in printed["rows"]]
+    assert kinds == [
         "a torch.save file at every commit",
         "full commits, every layer written",
         "unchanged layers not written again",

@@ -170,6 +170,9 @@ def _print_result(result: "DemoResult") -> None:
         f"{program} verify --store {store}",
     ):
         print_line(f"  {line}", wrap=False)
+    if all(layer.fidelity == "full" for layer in result.layers):
+        print_line()
+        print_line(f"With light versions no layer is left behind: {program} demo --mask 'staggered(4)'", wrap=False)
 
 
 def _program() -> str:
