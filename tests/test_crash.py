@@ -54,6 +54,20 @@ def test_killed_while_it_commits() -> None:
 
 
 @pytest.mark.slow
+def test_killed_while_it_commits_light_versions() -> None:
+    reports = kill_at(light_commit="calls", light_commit_behind=11)
+    assert_covered(reports["light commit"], {*WRITES, *SQL, "INSERT", "DELETE", "UPDATE", "get", "read_into"}, 65)
+    assert_covered(reports["light commit behind"], {"SELECT"}, 6)
+    assert reports["light commit"]["outlived"]
+
+
+@pytest.mark.slow
+def test_killed_while_it_collects_bases() -> None:
+    reports = kill_at(gc_of_bases="changes")
+    assert_covered(reports["gc of bases"], {"unlink", "DELETE", "UPDATE", "COMMIT", "after COMMIT"}, 30)
+
+
+@pytest.mark.slow
 def test_killed_while_it_collects_or_names() -> None:
     reports = kill_at(gc="changes", names="changes")
     assert_covered(reports["gc"], {"unlink", "DELETE", "UPDATE", "COMMIT", "after COMMIT"}, 35)

@@ -70,6 +70,20 @@ class LightSettings:
             msg = f"exact_below is {self.exact_below!r}; it must be a whole number of at least 1"
             raise InvalidInputError(msg)
 
+    def is_due(self, *, error: float | None, base_commits: int, base_steps: int) -> bool:
+        """Whether a layer is due in full.
+
+        Args:
+            error: recorded of its newest version; ``None`` for a full one.
+            base_commits: what the age of its base would be after a light version more, in commits.
+            base_steps: the same in steps.
+        """
+        return (
+            (error is not None and not error <= self.due_error)
+            or (self.max_base_commits is not None and base_commits > self.max_base_commits)
+            or (self.max_base_steps is not None and base_steps > self.max_base_steps)
+        )
+
     def bits_of_slot(self, slot: str) -> int:
         """Return the bits per element of an optimizer slot."""
         if isinstance(self.slot_bits, int):

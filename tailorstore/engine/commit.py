@@ -28,17 +28,22 @@ from tailorstore.domain.records import (
 from tailorstore.engine.contents import CompositeContents
 from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.light.bases import BaseCache
+from tailorstore.engine.light.encode import EncodedLayer
+from tailorstore.engine.light.lighten import lightening_jobs
+from tailorstore.engine.light.planning import plan_light
 from tailorstore.engine.observed import HISTORY
 from tailorstore.engine.plan import Layout, LightPlan, PlannedLayer, due_layers, plan_layer
 from tailorstore.engine.read import load_documents
 from tailorstore.engine.selection import STATE, Decision, Selector
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, Model, Optim, capture
+from tailorstore.engine.tensors.device_codes import codes_on_device
 from tailorstore.engine.tensors.memory import Tensor, wait_for_devices
 from tailorstore.engine.tensors.packing import Packer
 from tailorstore.engine.tensors.rng import rng_states
 from tailorstore.engine.tensors.staging import HostArena
 from tailorstore.engine.write import Destination, Written, write_layers
 from tailorstore.storage.manifests import read_binding, write_manifest
+from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
@@ -84,6 +89,8 @@ class Prepared:
     layers: tuple[LayerCapture, ...]
     head: Head | None
     decision: Decision
+    encoded: Mapping[str, EncodedLayer]
+    """Layers that were coded on their device; not among ``layers``."""
 
 
 @dataclass(slots=True)
@@ -132,11 +139,12 @@ class Committer:
         head, decision = self._announce(commit_id, request, captured)
         extra.content[STATE] = decision.state
         layers = [*(captured.layers[name] for name in decision.due), extra]
-        if not staged:
-            wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
-        else:
+        encoded: dict[str, EncodedLayer] = {}
+        wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
+        if staged:
             try:
-                layers = _stage(self.arena, layers)
+                encoded = self._encode_on_devices(head, decision, layers)
+                layers = _stage(self.arena, [layer for layer in layers if layer.name not in encoded])
             except BaseException:
                 self._abandon(commit_id)
                 raise
@@ -150,7 +158,7 @@ class Committer:
             metrics=request.metrics,
             bytes_logical=logical,
         )
-        return Prepared(draft, tuple(layers), head, decision)
+        return Prepared(draft, tuple(layers), head, decision, encoded)
 
     def carry_out(self, prepared: Prepared) -> Commit:
         """Write, seal and publish an announced commit.
@@ -233,12 +241,39 @@ class Committer:
         stored = {name: document for name, document in head.documents.items() if name != EXTRA_LAYER} if head else {}
         planned = [plan_layer(layer, self.layout, stored.get(layer.name)) for layer in prepared.layers]
         due = prepared.decision.due
-        return [
+        if head is None:
+            return planned
+        planned = [
             replace(one, light=self._light_plan(head, one.capture.name))
-            if head and due.get(one.capture.name) == "light"
+            if due.get(one.capture.name) == "light"
             else one
             for one in planned
         ]
+        coded = [
+            plan_light(encoded, self._light_plan(head, name), self.layout) for name, encoded in prepared.encoded.items()
+        ]
+        return [*planned, *coded]
+
+    def _encode_on_devices(
+        self, head: Head | None, decision: Decision, layers: Iterable[LayerCapture]
+    ) -> dict[str, EncodedLayer]:
+        """Code those layers that are due light where their tensors are: a tenth as much has to leave the device."""
+        encoded: dict[str, EncodedLayer] = {}
+        jobs: list[Job] = []
+        for layer in layers:
+            here = any(codes_on_device(tensor) for tensor in layer.arrays.values())
+            if head is None or not here or decision.due.get(layer.name) != "light":
+                continue
+
+            def keep(found: EncodedLayer) -> Iterable[Job]:
+                encoded[found.capture.name] = found
+                return ()
+
+            plan = self._light_plan(head, layer.name)
+            jobs += lightening_jobs(self.objects, layer, plan, self.bases, keep)
+        if jobs:
+            run_jobs(jobs, self.objects.workers)
+        return encoded
 
     def _light_plan(self, head: Head, layer: str) -> LightPlan:
         base, document = head.base_of(layer)

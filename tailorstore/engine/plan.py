@@ -9,6 +9,7 @@ from tailorstore.domain.errors import InvalidInputError, ModelMismatchError
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import Mask, MaskContext, resolve_mask
 from tailorstore.domain.records import EXTRA_LAYER, ArraySpec, Composite, Fidelity, LayerDocument, LayerVersion
+from tailorstore.engine.light.encode import EncodedLayer
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.memory import dtype_name
 from tailorstore.storage.documents import choose_chunks
@@ -52,6 +53,8 @@ class PlannedLayer:
     """The version of the layer that the branch has, where it could be equal to what is to be written."""
     light: LightPlan | None = None
     """``None``: to be written in full."""
+    encoded: EncodedLayer | None = None
+    """What ``capture`` and ``specs`` are of, once the layer is coded."""
 
 
 def check_step(step: object) -> int:

@@ -150,9 +150,7 @@ def _states(
             base_step=base_step,
             base_commits_since=base_since,
             error=info.error,
-            due_full=(info.error is not None and info.error > light.due_error)
-            or (light.max_base_commits is not None and base_since + 1 > light.max_base_commits)
-            or (light.max_base_steps is not None and steps[-1] - base_step > light.max_base_steps),
+            due_full=light.is_due(error=info.error, base_commits=base_since + 1, base_steps=steps[-1] - base_step),
             bytes_full=int(info.bytes_logical * full_share) if is_light else info.bytes_stored,
             bytes_light=info.bytes_stored if is_light else int(info.bytes_logical * light_share),
             measures=measures.get(info.name),

@@ -120,7 +120,8 @@ def read_array(objects: Objects, array: StoredArray, box: Box | None = None) -> 
 
         return read
 
-    run_jobs([job(chunk) for chunk in chunks_in(box, spec.shape, spec.chunk_shape)], objects.workers)
+    jobs = [job(chunk) for chunk in chunks_in(box, spec.shape, spec.chunk_shape)]
+    run_jobs(jobs, min(objects.workers, len(jobs)))
     return target
 
 
@@ -132,7 +133,8 @@ def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -
     """
     pairs = list(pairs)
     wait_for_devices(target for _, target in pairs)
-    run_jobs(array_jobs(objects, pairs), objects.workers)
+    jobs = array_jobs(objects, pairs)
+    run_jobs(jobs, min(objects.workers, len(jobs)))
 
 
 def array_jobs(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -> list[Job]:

@@ -171,18 +171,10 @@ class Selector:
             base_step=base.step,
             base_commits_since=base_age,
             error=version.error,
-            due_full=self._is_due(version.error, base_age + 1, step - base.step),
+            due_full=self.settings.is_due(error=version.error, base_commits=base_age + 1, base_steps=step - base.step),
             bytes_full=base.bytes_stored,
             bytes_light=version.bytes_stored if version.fidelity == "light" else light,
             measures=measures,
-        )
-
-    def _is_due(self, error: float | None, base_commits: int, base_steps: int) -> bool:
-        settings = self.settings
-        return (
-            (error is not None and error > settings.due_error)
-            or (settings.max_base_commits is not None and base_commits > settings.max_base_commits)
-            or (settings.max_base_steps is not None and base_steps > settings.max_base_steps)
         )
 
     def _commits_since(self, step: int) -> int:

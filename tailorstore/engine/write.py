@@ -85,14 +85,12 @@ class _LayerWriter:
         destination: Destination,
         planned: PlannedLayer,
         budget: MemoryBudget,
-        encoded: EncodedLayer | None = None,
     ) -> None:
         self.planned = planned
         self._to = destination
         self._objects = destination.objects
         self._written = destination.written
         self._budget = budget
-        self._encoded = encoded
         self._prefix = version_prefix(planned.capture.name, destination.version_id)
         self._stored: dict[tuple[str, int], StoredChunk] = {}
         self._digests: dict[tuple[str, int], str] = {}
@@ -107,15 +105,16 @@ class _LayerWriter:
     def _go_on(self) -> list[tuple[int, Job]]:
         """Return the jobs for a layer that is known to have changed."""
         plan = self.planned.light
-        if plan is None or self._encoded is not None:
+        if plan is None or self.planned.encoded is not None:
             return self._chunk_jobs()
         jobs = lightening_jobs(self._objects, self.planned.capture, plan, self._to.bases, self._write_light)
         return [(_FIRST, job) for job in jobs]
 
     def _write_light(self, encoded: EncodedLayer) -> Iterable[Job]:
         """Return the jobs that write a coded layer, or find that the branch has it."""
-        planned = plan_light(encoded, self.planned, self._to.layout)
-        writer = _LayerWriter(self._to, planned, self._budget, encoded)
+        assert self.planned.light is not None  # noqa: S101 (it was coded by that plan)
+        planned = plan_light(encoded, self.planned.light, self._to.layout)
+        writer = _LayerWriter(self._to, planned, self._budget)
         return [job for _, job in writer.start()]
 
     def _compare(self) -> Iterable[Job] | None:
@@ -179,13 +178,14 @@ class _LayerWriter:
             content=self.planned.capture.content,
             arrays=self._records(),
         )
-        if self._encoded is not None and self.planned.light is not None:
+        encoded, plan = self.planned.encoded, self.planned.light
+        if encoded is not None and plan is not None:
             document = replace(
                 document,
                 fidelity="light",
-                base_id=self.planned.light.base.version_id,
-                light=self._encoded.table,
-                error=self._encoded.error,
+                base_id=plan.base.version_id,
+                light=encoded.table,
+                error=encoded.error,
             )
         sealed = seal(self._objects, document)
         self._written.keys.extend(sealed.keys)

@@ -29,9 +29,9 @@ their entropy, codes that straddle bytes do not."""
 _CLIP = {2: 1.5, 3: 3.0}
 """With few levels, where the scale ends, in root mean squares of the block: it errs less than the greatest element."""
 
-_FRACTION = 1024
+FRACTION = 1024
 """Steps to an octave of logarithmic codes."""
-_OFFSET_STEP = 16
+OFFSET_STEP = 16
 """Steps to a unit of a block's offset, which then fits 16 bits."""
 _SMALLEST, _LARGEST = 2.0**-120, 2.0**120
 
@@ -39,9 +39,9 @@ _SMALLEST, _LARGEST = 2.0**-120, 2.0**120
 def _powers() -> npt.NDArray[np.float64]:
     """Return the powers of two for an octave, correctly rounded: mathematics libraries differ in the last bit."""
     with localcontext(prec=50):
-        power, root = Decimal(1), Decimal(2) ** (1 / Decimal(_FRACTION))
+        power, root = Decimal(1), Decimal(2) ** (1 / Decimal(FRACTION))
         found = []
-        for _ in range(_FRACTION):
+        for _ in range(FRACTION):
             found.append(float(power))
             power *= root
     return np.array(found)
@@ -63,6 +63,11 @@ _LOST = 1e-280
 """The same for float64."""
 _FAINT = 1e-15
 """The same for the greatest element of a block."""
+
+
+def clip_of(bits: int) -> float | None:
+    """Return where the scale of a block ends, in its root mean squares; ``None``: at its greatest element."""
+    return _CLIP.get(bits)
 
 
 def packed_bytes(elements: int, bits: int, block: int) -> int:
@@ -168,17 +173,17 @@ def encode_log(
     if some_zero:
         nothing = high == -np.inf
         low[nothing] = high[nothing] = 0
-    offsets = np.floor(low / _OFFSET_STEP)
+    offsets = np.floor(low / OFFSET_STEP)
     last = (1 << bits) - 2
-    steps = np.ceil((high - offsets * _OFFSET_STEP) / last)
+    steps = np.ceil((high - offsets * OFFSET_STEP) / last)
     # Larger powers are no float64.
-    if not (offsets.min() >= -32768 and steps.max() <= 65535 and high.max() <= 500 * _FRACTION):
+    if not (offsets.min() >= -32768 and steps.max() <= 65535 and high.max() <= 500 * FRACTION):
         return float("inf"), float(x.size)
     pairs = words.reshape(-1, 2)
     pairs[:, 0] = offsets.astype(np.int16).view(np.uint16)
     pairs[:, 1] = steps.astype(np.uint16)
     rows = logs.reshape(-1, block)
-    rows -= (offsets * _OFFSET_STEP).astype(logs.dtype)[:, None]
+    rows -= (offsets * OFFSET_STEP).astype(logs.dtype)[:, None]
     if some_zero:
         logs[zero] = 0
     inverse = np.where(steps > 0, 1 / np.maximum(steps, 1), 0).astype(logs.dtype)
@@ -186,7 +191,7 @@ def encode_log(
     rows -= q * steps.astype(logs.dtype)[:, None]
     if some_zero:
         logs[zero] = 0
-    errors = logs[: x.size] * logs.dtype.type(np.log(2) / _FRACTION)
+    errors = logs[: x.size] * logs.dtype.type(np.log(2) / FRACTION)
     u = q.astype(np.uint8).reshape(-1)
     u += np.uint8(1)
     if some_zero:
@@ -208,7 +213,7 @@ def _logs(values: FloatArray, base: FloatArray | None) -> FloatArray:
             least = ratios.min() or np.where(values > 0, ratios, 1).min()
             normal = least > _SMALLEST and ratios.max() < _LARGEST
             logs = np.log2(ratios) if normal else np.log2(values) - np.log2(ones)
-    logs *= _FRACTION
+    logs *= FRACTION
     return logs
 
 
@@ -223,11 +228,11 @@ def decode_log(
     u = _unpack(codes, bits, block)
     pairs = words.reshape(-1, 2)
     e = np.multiply.outer(pairs[:, 1].astype(np.int32), np.arange(-1, (1 << bits) - 1, dtype=np.int32))
-    e += pairs[:, 0].view(np.int16).astype(np.int32)[:, None] * _OFFSET_STEP
+    e += pairs[:, 0].view(np.int16).astype(np.int32)[:, None] * OFFSET_STEP
     least, greatest = _LIMITS[dtype]
     # In float64: the ratio of two float32 is no float32.
     with np.errstate(over="ignore", under="ignore"):
-        table = np.ldexp(_POWERS[e & (_FRACTION - 1)], e >> 10)
+        table = np.ldexp(_POWERS[e & (FRACTION - 1)], e >> 10)
         if base is None:
             np.clip(table, least, greatest, out=table)
         table[:, 0] = 0

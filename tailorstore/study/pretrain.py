@@ -31,7 +31,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(blocks=6, width=16, inner=48, heads=2, context=32, batch=4, held_out=16),
-    "small": Shape(blocks=16, width=144, inner=384, heads=4, context=128, batch=8, held_out=64),
+    "small": Shape(blocks=8, width=160, inner=432, heads=4, context=64, batch=16, held_out=128),
     "300m": Shape(blocks=24, width=1024, inner=2816, heads=16, context=512, batch=48, held_out=192),
 }
 

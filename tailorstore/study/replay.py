@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import tailorstore as ts
@@ -33,6 +34,8 @@ class _Ride:
         commit = self.store.commit(step, *trainer.state(), mask=self.strategy)
         self.seconds += time.perf_counter() - start
         self.bytes_written.append(commit.bytes_written + manifest_bytes(self.root, commit))
+        # Only the newest composite is looked at, and twenty contenders' histories would fill the disk.
+        self.store.gc(ts.KeepLast(1), grace=timedelta(0))
 
 
 def replay(

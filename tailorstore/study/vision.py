@@ -15,9 +15,9 @@ from tailorstore.study.tasks import require, windows
 _CLASSES = 10
 _HELD_OUT_EVERY = 5
 _SIDE = 16
-_TURN = math.radians(30)
-_SHIFT = 0.25
-_NOISE = 0.35
+_TURN = math.radians(20)
+_SHIFT = 0.15
+_NOISE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(blocks=4, width=16, heads=2, batch=8, views=1),
-    "small": Shape(blocks=12, width=128, heads=4, batch=64, views=4),
+    "small": Shape(blocks=8, width=128, heads=4, batch=48, views=2),
 }
 
 _RATES = {"adamw": 1e-3, "lion": 1e-4, "muon": 1e-2, "adafactor": 1e-2}

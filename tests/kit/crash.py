@@ -71,7 +71,14 @@ class Place:
         return f"sqlite:///{self.folder}/other.db"
 
     def open(self, *, branch: str = "main", create: bool = True, catalog: str | None = None) -> ts.Store:
-        return ts.open_store(self.root, catalog=catalog or self.catalog, branch=branch, create=create, chunk_bytes=1024)
+        return ts.open_store(
+            self.root,
+            catalog=catalog or self.catalog,
+            branch=branch,
+            create=create,
+            chunk_bytes=1024,
+            light=ts.LightSettings(exact_below=64),
+        )
 
 
 # --- Killing -----------------------------------------------------------------------------------------------------
@@ -217,10 +224,14 @@ def run_until(at: int, victim: "Callable[[Place, Fuse], None]", place: Place) ->
 Sources = dict[str, int]
 
 
+OFFSETS: Final = {10: 0, 20: 7, 30: 14, 40: 28, 90: 56}
+"""How far ``a`` has moved: what a light version's codes of four bits hold exactly, so that it restores to the bit."""
+
+
 def weights(step: int) -> dict[str, torch.Tensor]:
     """Layers ``a`` (two tensors, one of two chunks), ``b`` (never changes) and ``c``."""
     return {
-        "a.w": torch.arange(300, dtype=torch.float32) + step,
+        "a.w": torch.arange(300, dtype=torch.float32) + OFFSETS[step],
         "a.v": torch.full((3,), step, dtype=torch.bfloat16),
         "b.w": torch.full((5,), -0.0),
         "c.w": torch.full((), float(step)),
@@ -229,7 +240,7 @@ def weights(step: int) -> dict[str, torch.Tensor]:
 
 def slots(step: int) -> dict[str, torch.Tensor]:
     """Optimizer state of ``a.w``."""
-    return {"exp_avg": torch.full((300,), step / 7), "step": torch.tensor(float(step))}
+    return {"exp_avg": torch.full((300,), float(-OFFSETS[step])), "step": torch.tensor(float(step))}
 
 
 SOURCES: Final[dict[int, Sources]] = {
@@ -242,10 +253,17 @@ SOURCES: Final[dict[int, Sources]] = {
 MASKS: Final[dict[int, list[str] | None]] = {10: None, 20: ["a"], 30: ["a", "c"], 40: None, 90: None}
 
 
-def commit(store: ts.Store, step: int, *, block: bool = True) -> None:
+def commit(store: ts.Store, step: int, *, block: bool = True, light: bool = False) -> None:
+    due = MASKS[step] or ["a", "b", "c"]
     optim = {"state": {"a.w": slots(step)}, "param_groups": [{"params": ["a.w"], "lr": step / 3}]}
     pending = store.commit(  # type: ignore[call-overload]
-        step, weights(step), optim, MASKS[step], extra={"at": step}, metrics={"loss": step}, block=block
+        step,
+        weights(step),
+        optim,
+        dict.fromkeys(due, "light" if light else "full"),
+        extra={"at": step},
+        metrics={"loss": step},
+        block=block,
     )
     if not block:
         pending.result(60)
@@ -327,16 +345,17 @@ class Committing:
     before: tuple[int, ...]
     step: int
     block: bool = True
+    light: bool = False
 
     def prepare(self, place: Place) -> None:
         with place.open() as store:
             for step in self.before:
-                commit(store, step)
+                commit(store, step, light=self.light)
 
     def victim(self, place: Place, fuse: Fuse) -> None:
         store = place.open()
         fuse.arm()
-        commit(store, self.step, block=self.block)
+        commit(store, self.step, block=self.block, light=self.light)
         store.close()
 
     def check(self, place: Place) -> None:
@@ -348,6 +367,9 @@ class Committing:
         with place.open(create=False) as store:
             steps = check_composites(store)
             assert steps in (old, new), steps
+            if self.light and steps == new:
+                with store.checkout() as checkpoint:
+                    assert checkpoint.fidelity == {"@extra": "full", "a": "light", "b": "full", "c": "light"}
             check_whole(store)
 
 
@@ -355,10 +377,13 @@ class Committing:
 class Collecting:
     """GC under a policy, on a store with a tag, and with what a commit that died has left."""
 
+    light: bool = False
+    """Whether what is kept needs layers of a commit that is dropped."""
+
     def prepare(self, place: Place) -> None:
         with place.open() as store:
             for step in (10, 20, 30, 40):
-                commit(store, step)
+                commit(store, step, light=self.light)
             store.tag("kept", 20)
             left = "0123456789abcdef0123"
             for key in (f"layers/a/{left}/zarr.json", f"layers/a/{left}/a.w/c.0", f"commits/{left}.json"):
@@ -492,7 +517,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "first commit": Committing((), 10),
     "commit": Committing((10, 20), 30),
     "commit behind": Committing((10, 20), 30, block=False),
+    "light commit": Committing((10, 20), 30, light=True),
+    "light commit behind": Committing((10, 20), 30, block=False, light=True),
     "gc": Collecting(),
+    "gc of bases": Collecting(light=True),
     "names": Naming(),
     "rebuild": Rebuilding(lost=True),
     "take over": Rebuilding(lost=False),

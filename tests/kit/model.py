@@ -10,6 +10,16 @@ State = dict[str, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """What a composite must hold of a layer."""
+
+    source: int
+    tensors: State
+    base: State | None = None
+    """Of a light version: what it is a difference to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelCommit:
     """What a commit must be."""
 
@@ -18,16 +28,19 @@ class ModelCommit:
     branch: str
     parent: str | None
     metrics: Mapping[str, float]
-    layers: Mapping[str, tuple[int, State]]
-    """Layer → source step and tensors."""
+    layers: Mapping[str, Layer]
 
     @property
     def sources(self) -> dict[str, int]:
-        return {name: source for name, (source, _) in self.layers.items()}
+        return {name: layer.source for name, layer in self.layers.items()}
+
+    @property
+    def fidelity(self) -> dict[str, str]:
+        return {name: "full" if layer.base is None else "light" for name, layer in self.layers.items()}
 
     @property
     def tensors(self) -> State:
-        return {name: tensor for _, state in self.layers.values() for name, tensor in state.items()}
+        return {name: tensor for layer in self.layers.values() for name, tensor in layer.tensors.items()}
 
 
 @dataclasses.dataclass(slots=True)

@@ -343,7 +343,8 @@ def test_codes_do_not_depend_on_where_slices_end(
         out[low:high] = decoded(part, part_words, of, "float32", bits, block, high - low, log=log)
         parts_error, parts_norm = parts_error + e, parts_norm + n
     assert (out == decoded(codes, words, base, "float32", bits, block, count, log=log)).all()
-    assert (parts_error, parts_norm) == (pytest.approx(error, rel=1e-3, abs=1e-9), pytest.approx(norm, rel=1e-3))
+    assert parts_error == pytest.approx(error, rel=1e-3, abs=1e-9)
+    assert parts_norm == pytest.approx(norm, rel=1e-3)
 
 
 def test_powers_are_correctly_rounded() -> None:
@@ -415,7 +416,8 @@ def test_errors_of_16_bits_are_measured_as_they_will_be(
         truth, whole = float(np.sum(np.log(out[there] / x[there]) ** 2)), float(count)
     else:
         truth, whole = float(np.sum((x - out) ** 2)), float(np.sum(x**2))
-    assert (measured, norm) == (pytest.approx(truth, rel=1e-3, abs=1e-12), pytest.approx(whole, rel=1e-4))
+    assert measured == pytest.approx(truth, rel=1e-3, abs=1e-12)
+    assert norm == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_code_for_an_element_beyond_a_dtype_gives_its_nearest() -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tailorstore.domain.light import BASED, Coding, LightSettings, LightTable, LightTensor
 from tailorstore.engine.tensors.capture import LayerCapture, slots_of, weights_of
+from tailorstore.engine.tensors.device_codes import codes_on_device, encode_on_device
 from tailorstore.engine.tensors.elements import (
     any_negative,
     elements_of,
@@ -143,7 +144,28 @@ class LayerEncoder:
     def _bound(self, path: str) -> float:
         return self._settings.max_weight_error if path in self._weights else self._settings.max_slot_error
 
+    def _device_piece(self, path: str, low: int, high: int) -> Job:
+        def job() -> None:
+            coded = self._coded[path]
+            tensor, block = coded.tensor, self._settings.block
+            base = self._base[path] if tensor.coding in BASED else None
+            live = self._capture.arrays[path]
+            logarithmic = tensor.coding in LOGARITHMIC
+            found = encode_on_device(live, base, low, high, tensor.bits, block, logarithmic=logarithmic)
+            codes_at = quantise.packed_bytes(low, tensor.bits, block)
+            words_at = quantise.scale_words(low, block, logarithmic=logarithmic)
+            coded.codes[codes_at : codes_at + found.codes.size] = found.codes
+            coded.words[words_at : words_at + found.words.size] = found.words
+            with self._lock:
+                coded.squared_errors.append(found.squared_error)
+                coded.squared_norms.append(found.squared_norm)
+
+        return job
+
     def _piece(self, path: str, low: int, high: int) -> Job:
+        if codes_on_device(self._capture.arrays[path]):
+            return self._device_piece(path, low, high)
+
         def job() -> None:
             coded = self._coded[path]
             tensor, block = coded.tensor, self._settings.block
