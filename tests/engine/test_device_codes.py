@@ -116,7 +116,10 @@ def test_a_layer_coded_on_the_device_restores_like_one_coded_on_the_host(
             monkeypatch.setattr(module, "codes_on_device", lambda _, answer=on_device: answer)
         with ts.open_store(f"{tmp_path}/{number}") as store:
             store.commit(1, model)
-            store.commit(2, moved, mask={"*": "light"}, block=blocking)
+            if blocking:
+                store.commit(2, moved, mask={"*": "light"})
+            else:
+                store.commit(2, moved, mask={"*": "light"}, block=False).result()
             assert store.checkout().fidelity["a"] == "light"
             restored.append(store.checkout().model_state_dict())
             assert store.verify().ok

@@ -6,7 +6,6 @@ differ in its last place, as devices add up a block in another order.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,9 +133,9 @@ def _square(x: torch.Tensor) -> torch.Tensor:
 
 
 def _packed(u: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    rows: Any = u.view(-1, block)
+    rows = u.view(-1, block)
     width = quantise.packed_bytes(block, bits, block)
-    packed = rows[:, :width]
+    packed = rows[:, :width].clone()
     for at in range(1, block // width):
-        packed = packed | (rows[:, at * width : (at + 1) * width] << (at * 8 * width // block))
+        packed |= rows[:, at * width : (at + 1) * width] << (at * 8 * width // block)
     return packed.reshape(-1)
