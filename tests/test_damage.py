@@ -6,6 +6,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 import tailorstore as ts
 from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, MissingObjectError
 from tailorstore.domain.names import COMMITS_PREFIX, REFS_PREFIX, ROOT_DOCUMENT
+from tailorstore.storage.checksums import BLANK, CHECKSUM, sealed
 from tailorstore.storage.layers import parse_document
 from tailorstore.storage.local import LocalObjects
 from tailorstore.storage.manifests import read_binding, read_manifest, read_ref_record
@@ -372,3 +375,113 @@ def test_documents_of_the_root_that_mean_harm(original: Path, tmp_path: Path, ki
         refused_or_understood(lambda: read(path.stem))
 
     check()
+
+
+# --- Light versions and their bases
+
+BITS_KEPT: Final = ("codes", "scales", "exact", "base", "group", "base group")
+
+
+def noisy(step: int) -> dict[str, torch.Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    state = {"a.w": torch.randn(80, 50, generator=chance), "a.n": torch.arange(9), "b.w": torch.arange(40.0)}
+    return state | {"a.w": state["a.w"] + 0.01 * step * torch.randn(80, 50, generator=chance)}
+
+
+@pytest.fixture(scope="module")
+def original_light(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the root of a store of which the newest layer ``a`` is light, and its base's commit is gone."""
+    root = tmp_path_factory.mktemp("light") / "root"
+    with ts.open_store(root, chunk_bytes=1024, light=ts.LightSettings(exact_below=64)) as store:
+        store.commit(1, noisy(1))
+        store.commit(2, noisy(2), mask={"a": "light"})
+        store.gc(ts.KeepLast(1), grace=timedelta(0))
+    return root
+
+
+def light_objects(root: Path, kind: str) -> list[str]:
+    """Return the keys of some objects of the light version of layer ``a``, or of its base."""
+    with ts.open_store(root, create=False) as store:
+        document = store.checkout().documents()["a"]
+        assert document.fidelity == "light"
+        version = document.base_id if "base" in kind else document.version_id
+        below = {"group": "", "base group": "", "base": "a.w/"}.get(kind, f"@light/{kind}/")
+        prefix = f"layers/a/{version}/{below}"
+        keys = [info.key for info in store._objects.list(prefix)]
+    if "group" in kind:
+        return [f"{prefix}zarr.json"]
+    return sorted((key for key in keys if not key.endswith("zarr.json")), key=lambda key: (len(key), key))
+
+
+@pytest.mark.parametrize("kind", BITS_KEPT)
+def test_damage_to_a_light_version_or_its_base_is_refused_and_named(
+    original_light: Path, tmp_path: Path, kind: str
+) -> None:
+    root = Path(shutil.copytree(original_light, tmp_path / "root"))
+    with fresh(root) as store:
+        (commit,) = [one.id for one in store.log()]
+        expected = store.checkout().model_state_dict()
+    keys = light_objects(root, kind)
+    # Codes and elements of the base are in several chunks.
+    assert len(keys) > (kind in ("codes", "base"))
+    step = 1 if "base" in kind else 2
+    for key in dict.fromkeys((keys[0], keys[-1])):
+        for damage in DAMAGES:
+            chunk_error, chunk_kind = CHUNK_ERRORS[damage]
+            document_error = MissingObjectError if damage is delete else CorruptDocumentError
+            with Damaged(root, key, damage), fresh(root) as store, store.checkout() as checkpoint:
+                target = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+                for read in (checkpoint.model_state_dict, partial(checkpoint.restore, target)):
+                    with pytest.raises(document_error if "group" in kind else chunk_error) as caught:
+                        read()
+                    message = str(caught.value)
+                    assert key in message, damage
+                    assert repr("a") in message, damage
+                    assert f"step {step}" in message, damage
+                (found,) = store.verify().damages
+                assert (found.layer, found.step, found.key) == ("a", step, key)
+                assert found.kind == (chunk_kind if "group" not in kind or damage is delete else "document"), damage
+                assert found.commits == (commit,)
+                if "group" not in kind:
+                    assert same_bits(checkpoint.model["b.w"].load(), expected["b.w"])
+    with fresh(root) as store:
+        assert store.verify().ok
+        assert_same(store.checkout().model_state_dict(), expected)
+
+
+def test_rows_of_a_light_version_need_only_their_own_chunks(original_light: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(original_light, tmp_path / "root"))
+    with fresh(root) as store:
+        whole = store.checkout().model["a.w"].load()
+    for key in (light_objects(root, "base")[0], light_objects(root, "codes")[0]):
+        with Damaged(root, key, delete), fresh(root) as store, store.checkout() as checkpoint:
+            lazy = checkpoint.model["a.w"]
+            with pytest.raises(MissingObjectError):
+                lazy[0]
+            assert same_bits(lazy[-1], whole[-1])
+
+
+def test_group_documents_of_light_versions_that_mean_harm(original_light: Path) -> None:
+    (key,) = light_objects(original_light, "group")
+    document = json.loads((original_light / key).read_text())
+    del document["consolidated_metadata"]
+    attributes = document["attributes"]["tailorstore"]
+
+    @FUZZ
+    @given(st.one_of(mutated(document), mutated(attributes["light"]).map(lambda raw: within(document, raw))))
+    def check(raw: bytes) -> None:
+        refused_or_understood(lambda: parse_document(memoryview(text_of(raw)), key))
+
+    check()
+
+
+def within(document: dict[str, Any], table: bytes) -> bytes:
+    """Return a light version's document with another table, and the checksum that it then has."""
+    try:
+        described = json.loads(table)
+    except (ValueError, RecursionError):
+        return table
+    changed = copy.deepcopy(document)
+    changed["attributes"]["tailorstore"]["light"] = described
+    changed["attributes"]["tailorstore"][CHECKSUM] = BLANK
+    return sealed(json.dumps(changed).encode())

@@ -16,6 +16,7 @@ import xxhash
 import tailorstore as ts
 from tailorstore.domain.names import is_id
 from tests.conftest import Root
+from tests.kit.light import StoredLight
 from tests.kit.models import adamw, bits, gpt, train
 from tests.kit.s3 import S3Server
 
@@ -208,6 +209,80 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         "a.w/zarr.json",
         "zarr.json",
     ]
+
+
+def test_a_light_version_is_a_group_of_three_arrays(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    state = {"a.w": any_bits("int16").float(), "a.n": any_bits("int64", (5,)), "b.w": any_bits("float32", (3,))}
+    slots = {"a.w": {"exp_avg": any_bits("int8").float(), "exp_avg_sq": any_bits("uint8").float() + 1}}
+    with ts.open_store(root, chunk_bytes=1024, light=ts.LightSettings(exact_below=64, block=16)) as store:
+        base = store.commit(1, state, slots)
+        moved = {name: value + (name == "a.w") for name, value in state.items()}
+        slots = {"a.w": {slot: value * 1.01 for slot, value in slots["a.w"].items()}}
+        store.commit(2, moved, slots, mask={"*": "light"})
+        folder = layer_folder(store, root, "a")
+        with store.checkout() as checkpoint:
+            restored = checkpoint.model_state_dict()
+            optim: Any = checkpoint.optim_state_dict()
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "@light/codes/c.0",
+        "@light/codes/zarr.json",
+        "@light/exact/c.0",
+        "@light/exact/zarr.json",
+        "@light/scales/c.0",
+        "@light/scales/zarr.json",
+        "@light/zarr.json",
+        "zarr.json",
+    ]
+    found = read_with_zarr_alone([folder], tmp_path, known=False)
+    # 150 elements are ten blocks, and four bits are half a byte; logarithmic scales are two words.
+    assert {path: (kind, shape) for path, (kind, shape, _) in found.items()} == {
+        "@light/codes": ("uint8", [3 * 80]),
+        "@light/scales": ("uint16", [10 + 10 + 20]),
+        "@light/exact": ("uint8", [40]),
+    }
+    assert found["@light/exact"][2] == bits(state["a.n"])
+    for path, (_, _, raw) in found.items():
+        assert open_with_tensorstore({"driver": "file", "path": f"{folder}/{path}/"}).read().result().tobytes() == raw
+    described = json.loads((folder / "zarr.json").read_text())["attributes"]["tailorstore"]
+    assert (described["fidelity"], described["base"]) == ("light", base.id)
+    assert 0 < described["error"] < 0.001
+    light = described["light"]
+    assert light["block"] == 16
+    assert {path: entry[:4] for path, entry in light["tensors"].items()} == {
+        "a.w": ["float32", [5, 30], "difference", 4],
+        "a.n": ["int64", [5], "exact", 0],
+        "@optim/exp_avg/a.w": ["float32", [5, 30], "difference", 4],
+        "@optim/exp_avg_sq/a.w": ["float32", [5, 30], "ratio", 4],
+    }
+    # What these mean, told by nothing but zarr-python and the definition.
+    reference = StoredLight(folder, root / "layers" / "a" / base.id)
+    assert reference.tensor("a.w").tobytes() == bits(restored["a.w"])
+    assert reference.tensor("a.n").tobytes() == bits(restored["a.n"])
+    for slot, value in optim["state"]["a.w"].items():
+        np.testing.assert_allclose(reference.tensor(f"@optim/{slot}/a.w"), value.numpy(), rtol=2e-7)
+
+
+def test_the_codecs_of_a_light_version_are_zarrs_own(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    state = {"a.w": any_bits("int16", (40, 60)).float(), "a.n": torch.arange(400)}
+    with ts.open_store(root, chunk_bytes=1024) as store:
+        store.commit(1, state)
+        store.commit(2, {"a.w": state["a.w"] + 1, "a.n": state["a.n"] + 1}, mask={"*": "light"})
+        folder = layer_folder(store, root, "a")
+        assert store.checkout().fidelity["a"] == "light"
+    documents = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("@light/*/zarr.json")}
+    assert sorted(documents) == ["codes", "exact", "scales"]
+    for name, document in documents.items():
+        assert document["codecs"][0]["name"] == "bytes"
+        assert document["codecs"][1]["name"] == "blosc"
+        assert document["codecs"][1]["configuration"]["cname"] == "zstd"
+        expected = "bitshuffle" if name == "scales" else "noshuffle"
+        assert document["codecs"][1]["configuration"]["shuffle"] == expected
+    found = read_with_zarr_alone([folder], tmp_path, known=False)
+    assert found["@light/exact"][2] == bits(state["a.n"] + 1)
+    consolidated = json.loads((folder / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
+    assert {path.rpartition("/")[2] for path in consolidated} == {"@light", "codes", "exact", "scales"}
 
 
 def test_an_uncoded_object_is_the_tensors_bytes(tmp_path: Path) -> None:

@@ -19,15 +19,15 @@ class LightSettings:
 
     weight_bits: int = 4
     """Bits per element of parameters and buffers; one of 2, 3, 4, 8."""
-    slot_bits: int | Mapping[str, int] = 4
+    slot_bits: int | Mapping[str, int] = 2
     """The same for optimizer slots, for all or by name; ``"*"`` stands for those that are not named."""
-    block: int = 128
+    block: int = 256
     """Elements that share a scale; a power of two from 16 to 4096."""
     max_weight_error: float = 0.1
     """Greatest relative L2 error of a parameter or buffer; one that errs more is stored exactly."""
-    max_slot_error: float = 0.5
+    max_slot_error: float = 1.0
     """The same for slots."""
-    due_error: float = 0.05
+    due_error: float = 0.03
     """A layer whose light version's weights err more than this is due in full at the next commit that writes it."""
     max_base_commits: int | None = 200
     """A layer whose newest full version is older than this many commits is due in full."""
@@ -88,7 +88,7 @@ class LightSettings:
         """Return the bits per element of an optimizer slot."""
         if isinstance(self.slot_bits, int):
             return self.slot_bits
-        return self.slot_bits.get(slot, self.slot_bits.get(ANY_SLOT, 4))
+        return self.slot_bits.get(slot, self.slot_bits.get(ANY_SLOT, 2))
 
 
 Coding = Literal["exact", "difference", "value", "ratio", "log", "rounded"]

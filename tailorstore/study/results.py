@@ -123,8 +123,10 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Append a record to the file."""
-        with self.path.open("a") as file:
-            file.write("\n" * self._cut_off + json.dumps(record.to_json()) + "\n")
+        line = "\n" * self._cut_off + json.dumps(record.to_json()) + "\n"
+        # In one write, so that studies of several tasks can share a file.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
         self._cut_off = False
         self._records[record.key] = record
 

@@ -94,7 +94,7 @@ def test_show_lists_layers_as_people_count(run: Run) -> None:
 def test_show_in_json(run: Run) -> None:
     document = answer(run("show", "30", "--json"))
 
-    assert document.keys() == {"commit", "branches", "tags", "layers"}
+    assert document.keys() == {"commit", "branches", "tags", "layers", "conditions"}
     assert document["branches"] == ["retry"]
     layers = {layer["name"]: layer for layer in document["layers"]}
     assert layers["blocks.10"]["source_step"] == 30
@@ -108,12 +108,23 @@ def test_show_in_json(run: Run) -> None:
         "bytes_logical",
         "bytes_stored",
         "versions",
+        "base_step",
+        "error",
+    }
+    assert document["conditions"]["blocks.0"] == {
+        "layer": "blocks.0",
+        "source_step": 10,
+        "staleness": 20,
+        "age": 2,
+        "fidelity": "full",
+        "error": 0.0,
+        "damage": None,
     }
 
 
 def test_diff_lists_what_changed(run: Run) -> None:
     text = run("diff", "10", "30").stdout
-    assert "2 of 6 layers differ." in text
+    assert "3 of 6 layers differ." in text  # @extra always does: it counts commits
     assert "blocks.0" not in text
     assert "blocks.0" in run("diff", "10", "30", "--all").stdout
 

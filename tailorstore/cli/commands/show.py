@@ -1,6 +1,6 @@
 """``tailorstore show``: one commit, and where each layer of its composite comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -18,6 +18,7 @@ from tailorstore.cli.output import (
 )
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
+from tailorstore.domain.condition import LayerCondition
 from tailorstore.domain.names import natural
 from tailorstore.domain.records import Commit, LayerInfo
 
@@ -26,20 +27,25 @@ COLUMNS = (
     Column("from step", right=True, style="bold"),
     Column("stale by", right=True),
     Column("fidelity", spare=True),
+    Column("error", right=True, spare=True),
+    Column("damage", right=True, spare=True),
     Column("size", right=True),
     Column("stored", right=True, spare=True),
     Column("versions", right=True, spare=True),
 )
 
 
-def rows(layers: Sequence[LayerInfo]) -> list[list[str]]:
+def rows(layers: Sequence[LayerInfo], conditions: Mapping[str, LayerCondition] | None = None) -> list[list[str]]:
     """Return the rows of a table of layers."""
+    damages = {name: condition.damage for name, condition in (conditions or {}).items()}
     return [
         [
             layer.name,
             str(layer.source_step),
             str(layer.staleness),
-            layer.fidelity,
+            layer.fidelity if layer.base_step is None else f"light on {layer.base_step}",
+            "" if layer.error is None else f"{layer.error:.2%}",
+            "" if not damages.get(layer.name) else f"{damages[layer.name]:.1e}",
             size(layer.bytes_logical),
             size(layer.bytes_stored),
             str(layer.versions),
@@ -73,16 +79,20 @@ def command(settings: Settings, ref: str) -> None:
     """Show a commit and the layers of its composite.
 
     For each layer: the step its values come from, how many steps that is before the commit, its size, the bytes it
-    takes in storage, and how many versions of it the store holds.
+    takes in storage, and how many versions of it the store holds. For a light version also the step of the full
+    version that it is a difference to, and the relative error of its weights; for whatever is not exactly what the
+    model was at the commit, the estimated damage of that: second moment times squared difference, summed.
     """
     with settings.open() as store:
         commit = store.show(ref)
         layers = store.layers(commit.id)
+        with store.checkout(commit) as checkpoint:
+            conditions = checkpoint.conditions
         branches = [branch.name for branch in store.branches() if branch.commit == commit.id]
         tags = [tag.name for tag in store.tags() if tag.commit == commit.id]
     if settings.json:
-        print_json({"commit": commit, "branches": branches, "tags": tags, "layers": layers})
+        print_json({"commit": commit, "branches": branches, "tags": tags, "layers": layers, "conditions": conditions})
         return
     print_details(details(commit, branches, tags))
     print_line()
-    print_table(COLUMNS, rows(layers))
+    print_table(COLUMNS, rows(layers, conditions))
