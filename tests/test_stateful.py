@@ -62,8 +62,11 @@ def tensors_of(layer: str, value: int) -> State:
 
     Codes of four bits hold the difference of any two of them exactly, but for the sign of zero.
     """
+    w = torch.full((300,), [0.0, -0.0, 1.75, math.nan][value])
+    # Tensors of a dictionary count as buffers, which are stored exactly if they are never negative.
+    w[0] = -7
     return {
-        f"{layer}.w": torch.full((300,), [0.0, -0.0, 1.75, math.nan][value]),
+        f"{layer}.w": w,
         f"{layer}.v": torch.full((3, 0) if layer == "c" else (2,), value, dtype=torch.bfloat16),
     }
 
@@ -77,7 +80,7 @@ def lightened(tensors: State, base: State) -> State:
     return found
 
 
-LIGHT = ts.LightSettings(exact_below=64, max_base_commits=None)
+LIGHT = ts.LightSettings(weight_bits=4, exact_below=64, max_base_commits=None)
 
 
 class StoreMachine(RuleBasedStateMachine):

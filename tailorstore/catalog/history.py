@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from tailorstore.catalog.scope import COMMIT_COLUMNS, IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
-from tailorstore.catalog.tables import branches, commits, composites, layers, leases, tags, versions
+from tailorstore.catalog.tables import branches, commits, composites, layers, leases, lines, tags, versions
 from tailorstore.domain.errors import RefNotFoundError
 from tailorstore.domain.records import Commit, Composite, LayerInfo, LayerVersion, StoreStats
 
@@ -40,6 +40,31 @@ class History(Scope):
         """Return the steps of a branch's newest ``limit`` commits, newest first; none if it has no commits."""
         found = self._read(lambda connection: self._newest(connection, branch, (commits.c.step,), limit))
         return [row.step for row in found]
+
+    def steps_to(self, commit_id: str, limit: int) -> list[int]:
+        """Return the steps of a commit and of up to ``limit`` commits in all that led to it, newest first.
+
+        Wherever its branch may be by now.
+
+        Raises:
+            RefNotFoundError: there is no such commit.
+        """
+
+        def work(connection: Connection) -> list[int]:
+            row = self._commit_row(connection, commit_id)
+            if row is None:
+                msg = f"no commit {commit_id}"
+                raise RefNotFoundError(msg)
+            found: list[int] = []
+            line_pk, bound = row.line_pk, row.step
+            while line_pk is not None and len(found) < limit:
+                run = select(commits.c.step).where(commits.c.line_pk == line_pk, commits.c.step <= bound)
+                found.extend(connection.scalars(run.order_by(commits.c.step.desc()).limit(limit - len(found))))
+                fork = select(lines.c.parent_pk, lines.c.fork_step).where(lines.c.pk == line_pk)
+                line_pk, bound = connection.execute(fork).one()
+            return found
+
+        return self._read(work)
 
     def composite(self, commit_id: str) -> Composite:
         """Return a commit's full map.

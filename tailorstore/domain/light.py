@@ -24,10 +24,11 @@ class LightSettings:
     block: int = 256
     """Elements that share a scale; a power of two from 16 to 4096."""
     max_weight_error: float = 0.1
-    """Greatest relative L2 error of a parameter or buffer; one that errs more is stored exactly."""
+    """Greatest relative L2 error of a parameter or buffer. One that errs more is coded in more bits, up to 8, and
+    stored exactly if these do not suffice."""
     max_slot_error: float = 1.0
     """The same for slots."""
-    due_error: float = 0.03
+    due_error: float = 0.05
     """A layer whose light version's weights err more than this is due in full at the next commit that writes it."""
     max_base_commits: int | None = 200
     """A layer whose newest full version is older than this many commits is due in full."""

@@ -95,7 +95,8 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
         return dict.fromkeys(context.layers, "full")
     if isinstance(mask, str):
         mask = [mask]
-    entries = mask if isinstance(mask, Mapping) else dict.fromkeys(_names(mask), True)
+    names = _names(mask)
+    entries = mask if isinstance(mask, Mapping) else dict.fromkeys(names, True)
     chosen: dict[str, Fidelity | None] = {}
     # Globs first and exact names after them, so that the more precise entry has the last word.
     for name, value in sorted(entries.items(), key=lambda item: item[0] in context.layers):

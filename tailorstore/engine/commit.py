@@ -6,12 +6,19 @@ is one SQL transaction that compares the branch's head.
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
+from tailorstore.domain.errors import (
+    CorruptDocumentError,
+    DigestMismatchError,
+    HeadMovedError,
+    MissingObjectError,
+    RootTakenError,
+    TailorError,
+)
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import Mask
 from tailorstore.domain.names import new_id
@@ -122,9 +129,18 @@ class Committer:
     def _steps(self) -> list[int]:
         return self.catalog.steps(self.branch, HISTORY)
 
-    def _read_weights(self, composite: Composite, layers: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    def _read_weights(
+        self, composite: Composite, layers: Iterable[str]
+    ) -> Iterator[tuple[str, Mapping[str, Tensor] | None]]:
         contents = CompositeContents(composite, self.objects, self.head.documents if self.head else None)
-        return {layer: contents.weights(layer) for layer in layers}
+        for layer in layers:
+            try:
+                yield layer, contents.weights(layer)
+            except (MissingObjectError, DigestMismatchError, CorruptDocumentError) as error:
+                logger.warning(
+                    "layer %r cannot be compared with its stored version, which is damaged: %s", layer, error
+                )
+                yield layer, None
 
     def prepare(self, request: Request, *, staged: bool) -> Prepared:
         """Decide what to write and announce it; copy it to the host if ``staged``.
@@ -227,7 +243,11 @@ class Committer:
             announced = self.catalog.announce(commit_id, self.branch, request.step, self.keeper.lease)
             if (announced.id if announced else None) == (seen.id if seen else None):
                 self.keeper.hold(commit_id)
-                return head, self.selector.decide(outlook, captured, due)
+                try:
+                    return head, self.selector.decide(outlook, captured, due)
+                except BaseException:
+                    self._abandon(commit_id)
+                    raise
             # Another process published between the two looks: decide again, on its head.
             self.catalog.abandon(commit_id)
         msg = (

@@ -142,8 +142,9 @@ class CompositeContents:
         return targets
 
     def weights(self, layer: str) -> dict[str, Tensor]:
-        """Read a layer's parameters into new host memory, by name."""
-        held = self.documents()[layer].content["params"]
+        """Read a layer's parameters, or the buffers of one without any, into new host memory, by name."""
+        content = self.documents()[layer].content
+        held = content["params"] or content["buffers"]
         return self.read_many({name: self.array(layer, value["$array"]) for name, value in held.items()})
 
     def elements(self, layer: str, path: str, box: Box) -> memoryview:

@@ -8,5 +8,5 @@ HISTORY = 10_000
 
 
 def observations(catalog: StoreCatalog, commit: Commit) -> tuple[list[int], dict[str, LayerMeasures]]:
-    """Return the steps of the commits of a commit's branch, and what was measured when it was made."""
-    return catalog.steps(commit.branch, HISTORY), catalog.measures_of(commit.id)
+    """Return the steps of a commit and of those that led to it, and what was measured when it was made."""
+    return catalog.steps_to(commit.id, HISTORY), catalog.measures_of(commit.id)

@@ -76,8 +76,8 @@ def preview(
     layers.sort(key=(lambda info: order(info.name)) if order else (lambda info: info.name))
     steps = sorted(commit.step for commit in commits)
     measures = _expected_measures(store, commits, steps, layers)
-    states = _states(layers, measures, steps, light or LightSettings())
     spacing = steps[-1] - steps[-2] if len(steps) > 1 else 1
+    states = _states(layers, measures, steps, spacing, light or LightSettings())
     seconds = (commits[0].created_at - commits[1].created_at).total_seconds() if len(commits) > 1 else None
     context = MaskContext(store.branch_name, steps[-1] + spacing, states, {}, len(commits), seconds)
     chosen = resolve_mask(strategy, context)
@@ -131,7 +131,11 @@ def _carried_on(measures: LayerMeasures, ratio: float) -> LayerMeasures:
 
 
 def _states(
-    layers: Sequence[LayerInfo], measures: Mapping[str, LayerMeasures], steps: Sequence[int], light: LightSettings
+    layers: Sequence[LayerInfo],
+    measures: Mapping[str, LayerMeasures],
+    steps: Sequence[int],
+    spacing: int,
+    light: LightSettings,
 ) -> dict[str, LayerState]:
     full_share = _share([info for info in layers if info.fidelity == "full"], 1.0)
     light_share = _share([info for info in layers if info.fidelity == "light"], _LIGHT_SHARE)
@@ -150,7 +154,9 @@ def _states(
             base_step=base_step,
             base_commits_since=base_since,
             error=info.error,
-            due_full=light.is_due(error=info.error, base_commits=base_since + 1, base_steps=steps[-1] - base_step),
+            due_full=light.is_due(
+                error=info.error, base_commits=base_since + 1, base_steps=steps[-1] + spacing - base_step
+            ),
             bytes_full=int(info.bytes_logical * full_share) if is_light else info.bytes_stored,
             bytes_light=info.bytes_stored if is_light else int(info.bytes_logical * light_share),
             measures=measures.get(info.name),

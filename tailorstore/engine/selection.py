@@ -5,7 +5,6 @@ A selector belongs to one branch in one process. What must outlast the process g
 
 import copy
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,8 +25,8 @@ _ENTROPY = 0.85
 """What entropy coding leaves of codes, roughly."""
 _SCALES_BITS = 0.25
 
-ReadWeights = Callable[[Composite, Iterable[str]], Mapping[str, Mapping[str, Tensor]]]
-"""Reads some layers' stored parameters: layer → name → host tensor."""
+ReadWeights = Callable[[Composite, Iterable[str]], Iterable[tuple[str, Mapping[str, Tensor] | None]]]
+"""Reads some layers' stored parameters, one layer after the other: name → host tensor; ``None``: they are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,20 @@ class Decision:
     importance: Importance
     number: int
     """Which commit of the branch it is, from 0."""
+    current: Mapping[str, int]
+    """Layer → step at which it will have been found to be what is stored, or been written."""
+    numbers: Mapping[int, int]
+    """Step → number of those commits that ages are counted from."""
 
     @property
     def state(self) -> dict[str, Any]:
         """What is kept in ``@extra``; JSON data."""
-        return {"number": self.number, "importance": self.importance.state()}
+        return {
+            "number": self.number,
+            "importance": self.importance.state(),
+            "current": dict(self.current),
+            "numbers": [list(pair) for pair in sorted(self.numbers.items())],
+        }
 
 
 @dataclass(slots=True)
@@ -67,8 +75,8 @@ class Selector:
     gauge: Gauge = field(default_factory=Gauge)
     _importance: Importance = field(default_factory=Importance)
     _number: int = 0
-    _history: list[int] = field(default_factory=list)
-    """Steps of the branch's commits, growing."""
+    _numbers: dict[int, int] = field(default_factory=dict)
+    """Step → number of the branch's commits, as far as they are known."""
     _head_id: str | None = None
     """The commit that all this follows."""
     _unchanged: dict[str, int] = field(default_factory=dict)
@@ -92,15 +100,14 @@ class Selector:
             head: the branch's newest composite; ``None`` before its first commit.
             documents: of its layers.
 
-        Raises:
-            MissingObjectError, DigestMismatchError: this process sees the branch for the first time, and stored
-                weights that layers are to be compared with are damaged.
+        A layer whose stored weights are damaged has no drift, and so counts as most urgent.
         """
         self._follow(head, documents)
         if head is not None:
             unknown = [name for name in captured.layers if name in head.versions and not self.gauge.knows(name)]
-            for name, weights in self.read_weights(head, unknown).items():
-                self.gauge.seed(name, weights)
+            for name, weights in self.read_weights(head, unknown):
+                if weights is not None:
+                    self.gauge.seed(name, weights)
         measures = self.gauge.measure(captured)
         layers = {name: self._state(layer, step, head, measures[name]) for name, layer in captured.layers.items()}
         since = None if self._committed_at is None else time.monotonic() - self._committed_at
@@ -116,7 +123,14 @@ class Selector:
         importance = copy.copy(self._importance)
         importance.observe(outlook.context, due, outlook.learning_rate)
         samples = self.gauge.sample(captured, due)
-        return Decision(due, outlook.measures, samples, importance, self._number)
+        step, layers = outlook.context.step, outlook.context.layers
+        # What has moved will be written, and its version tells the step.
+        still = [name for name in due if not outlook.measures[name].drift]
+        known = {name: at for name, at in self._unchanged.items() if name in layers}
+        since = {at for state in layers.values() for at in (state.current_step, state.base_step) if at is not None}
+        numbers = {at: self._number_of(at) for at in since} | {step: self._number}
+        current = known | dict.fromkeys(still, step)
+        return Decision(due, outlook.measures, samples, importance, self._number, current, numbers)
 
     def published(self, decision: Decision, commit: Commit, unchanged: Iterable[str]) -> None:
         """Go on from a commit that was published.
@@ -129,7 +143,7 @@ class Selector:
         self.gauge.keep(decision.samples)
         self._importance = decision.importance
         self._number = decision.number + 1
-        self._history.append(commit.step)
+        self._numbers[commit.step] = decision.number
         self._head_id = commit.id
         for name in commit.layers_written:
             self._unchanged.pop(name, None)
@@ -138,20 +152,22 @@ class Selector:
 
     def _follow(self, head: Composite | None, documents: Mapping[str, LayerDocument]) -> None:
         """Take up the branch where its head is, unless that is where this selector left it."""
-        if head is None or head.commit.id == self._head_id:
+        head_id = None if head is None else head.commit.id
+        if head_id == self._head_id:
             return
         state = documents[EXTRA_LAYER].content.get(STATE) if EXTRA_LAYER in documents else None
         kept: Mapping[str, Any] = state if isinstance(state, dict) else {}
         number = kept.get("number")
-        self._history = sorted(self.steps())
-        self._number = number + 1 if type(number) is int else len(self._history)
+        steps = sorted(self.steps(), reverse=True) if head is not None else []
+        self._number = number + 1 if type(number) is int else len(steps)
+        # Commits may have been dropped since: what was kept of their numbers counts more.
+        self._numbers = {step: self._number - 1 - at for at, step in enumerate(steps)} | _numbers(kept.get("numbers"))
         self._importance = Importance(kept.get("importance"))
-        self._head_id = head.commit.id
-        self._unchanged.clear()
+        self._head_id = head_id
+        self._unchanged = _steps(kept.get("current"))
         self._committed_at = None
         # Somebody else has written since: what layers were compared with is not what is stored any more.
-        for name in head.versions:
-            self.gauge.forget(name)
+        self.gauge.forget_all()
 
     def _state(self, layer: LayerCapture, step: int, head: Composite | None, measures: LayerMeasures) -> LayerState:
         light = self._light_bytes(layer)
@@ -178,7 +194,13 @@ class Selector:
         )
 
     def _commits_since(self, step: int) -> int:
-        return len(self._history) - bisect_right(self._history, step)
+        return self._number - 1 - self._number_of(step)
+
+    def _number_of(self, step: int) -> int:
+        """Return the number of the commit of a step; what is older than all that is known counts as the oldest."""
+        if step in self._numbers:
+            return self._numbers[step]
+        return max((number for at, number in self._numbers.items() if at < step), default=0)
 
     def _light_bytes(self, layer: LayerCapture) -> int:
         """Return what a light version of a layer takes, roughly."""
@@ -192,3 +214,15 @@ class Selector:
             each = self.settings.bits_of_slot(slot) if slot else self.settings.weight_bits
             bits += (each * _ENTROPY + _SCALES_BITS) * tensor.numel()
         return int(bits / 8)
+
+
+def _numbers(pairs: object) -> dict[int, int]:
+    """Return the numbers of commits that a document holds; none where it holds something else."""
+    found = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2] if isinstance(pairs, list) else []
+    return {step: number for step, number in found if type(step) is int and type(number) is int}
+
+
+def _steps(named: object) -> dict[str, int]:
+    """Return the steps by layer that a document holds; none where it holds something else."""
+    held = named.items() if isinstance(named, dict) else ()
+    return {name: step for name, step in held if type(step) is int}

@@ -392,7 +392,10 @@ class Store:
                 # Its error, if it has one, is for the next commit: it may be what this call is meant to mend.
                 self._pending.wait()
             report = self._session.take_over()
+            gauge = self._committer.selector.gauge
             self._committer = self._new_committer()
+            # Whoever watches optimizers goes on to do so through this one.
+            self._committer.selector.gauge = gauge
         return report
 
     def close(self) -> None:

@@ -218,8 +218,9 @@ def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
         msg = f"{where}: {error}"
         raise type(error)(msg) from error
     found = layer_digest(document)
-    names = (document.layer, document.version_id, document.step)
-    if found != version.digest or names != (version.layer, version.version_id, version.step):
+    names = (document.layer, document.version_id, document.step, document.fidelity, document.base_id)
+    known = (version.layer, version.version_id, version.step, version.fidelity, version.base_id)
+    if found != version.digest or names != known:
         msg = (
             f"{where}: document {key} in {objects.url} is not the one that was published; run 'tailorstore verify' to"
             " see what else is damaged"

@@ -206,7 +206,7 @@ def _logs(values: FloatArray, base: FloatArray | None) -> FloatArray:
         if base is None:
             logs = np.log2(values)
         else:
-            ones = base if base.all() else np.where(base > 0, base, base.dtype.type(1))
+            ones = _positive(base)
             ratios = values / ones
             # One logarithm rather than two, unless the quotient leaves the range of normal numbers.
             # Zeros aside: the least of zeros would be zero.
@@ -215,6 +215,11 @@ def _logs(values: FloatArray, base: FloatArray | None) -> FloatArray:
             logs = np.log2(ratios) if normal else np.log2(values) - np.log2(ones)
     logs *= FRACTION
     return logs
+
+
+def _positive(base: FloatArray) -> FloatArray:
+    """Return a base with ones in place of what is not positive; of each element alone, wherever a slice ends."""
+    return base if base.min() > 0 else np.where(base > 0, base, base.dtype.type(1))
 
 
 def decode_log(
@@ -241,7 +246,7 @@ def decode_log(
         rows += np.arange(0, table.size, 1 << bits)[:, None]
         t = np.take(table.reshape(-1), at[: out.size], mode="clip")
         if base is not None:
-            t *= base if base.all() else np.where(base > 0, base, out.dtype.type(1))
+            t *= _positive(base)
             np.minimum(t, greatest, out=t)
             np.maximum(t, least, out=t, where=u[: out.size] > 0)
         out[:] = t

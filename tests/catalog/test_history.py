@@ -33,6 +33,18 @@ def test_steps_are_those_of_the_log(store: StoreCatalog) -> None:
     assert store.steps("exp", 3) == [5, 4]
 
 
+def test_steps_that_led_to_a_commit_stay_those_wherever_its_branch_is(store: StoreCatalog) -> None:
+    made = [commit(store, step) for step in (1, 4, 9)]
+    store.branch("exp", made[1].id, move=False)
+    forked = commit(store, 5, branch="exp")
+    store.branch("main", made[0].id, move=True)
+    commit(store, 3)
+    assert [store.steps_to(one.id, 99) for one in (*made, forked)] == [[1], [4, 1], [9, 4, 1], [5, 4, 1]]
+    assert store.steps_to(forked.id, 2) == [5, 4]
+    with pytest.raises(RefNotFoundError):
+        store.steps_to(new_id(), 9)
+
+
 def test_a_composite_is_found_by_its_commits_id(store: StoreCatalog) -> None:
     made = commit(store, 1)
     assert store.composite(made.id) == at(store, 1)

@@ -50,6 +50,7 @@ def test_a_strategy_is_asked_with_what_it_needs_to_know() -> None:
         (["x.*"], r"'x\.\*' matches no layer"),
         ({"h.1": 2}, "mask value"),
         ([3], "holds layer names"),
+        ({3: True}, "holds layer names"),
         (7, "a mask is None"),
         (["@extra"], "written by every commit"),
         (

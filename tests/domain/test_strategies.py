@@ -119,6 +119,13 @@ def test_staggered_writes_each_layer_in_full_once_in_n_commits_and_keeps_the_ban
     assert max(totals) - min(totals) <= max(sizes)
 
 
+def test_staggered_over_more_commits_than_layers_costs_no_more_than_the_layers() -> None:
+    layers = {name: LayerState(name, 9 - at, 1) for at, name in enumerate("abc")}
+    for number, full in ((0, ["a"]), (2, ["c"]), (3, []), (10**12 - 1, []), (10**12 + 1, ["b"])):
+        mask = Staggered(10**12).select(MaskContext("main", 9, layers, {}, number))
+        assert [name for name, how in mask.items() if how == "full"] == full
+
+
 def test_light_and_the_rest_of_a_strategy_are_light() -> None:
     layers = dict.fromkeys("ab")
     assert Light().select(context(layers)) == {"a": "light", "b": "light"}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from lion_pytorch import Lion
 from torch import nn
 
 import tailorstore as ts
+from tailorstore.domain.errors import CorruptDocumentError
+from tailorstore.storage.layers import load_document
 from tests.engine.test_optimizers import CASES, step
 from tests.kit.light import assert_as_recorded, read, slots_in, stored_light
 from tests.kit.models import adamw, assert_same, bits, gpt, nudge, optim_snapshot, same_bits, snapshot, train
 
 LIGHT = {"*": "light"}
-SMALL = ts.LightSettings(exact_below=64)
+SMALL = ts.LightSettings(weight_bits=4, slot_bits=4, block=128, exact_below=64)
 """So that the tensors of small models are coded."""
 
 
@@ -326,7 +329,9 @@ def test_bounds_of_zero_keep_every_bit(root: Path) -> None:
 
 
 def test_a_tensor_beyond_its_bound_is_stored_exactly_and_others_are_not(root: Path) -> None:
-    settings = ts.LightSettings(exact_below=64, max_weight_error=0.01, max_slot_error=0.02)
+    settings = ts.LightSettings(
+        exact_below=64, weight_bits=4, slot_bits=4, max_weight_error=0.001, max_slot_error=0.001
+    )
     weights = {"a.near": noise(64, 64), "a.far": noise(64, 64, seed=2)}
     slots = {"a.near": {"near": noise(64, 64, seed=3), "far": noise(64, 64, seed=4)}}
     with open_small(root, light=settings) as store:
@@ -343,6 +348,26 @@ def test_a_tensor_beyond_its_bound_is_stored_exactly_and_others_are_not(root: Pa
         }
         model, found = read(store)
         assert_as_recorded(store, weights | {f"{k} of a.near": v for k, v in slots["a.near"].items()}, model | found)
+
+
+def test_a_tensor_beyond_its_bound_is_first_coded_in_more_bits(root: Path) -> None:
+    settings = ts.LightSettings(exact_below=64, weight_bits=2, slot_bits=2, max_weight_error=0.1, max_slot_error=0.1)
+    weights, slots = {"a.w": noise(64, 64)}, {"a.w": {"x": noise(64, 64, seed=3)}}
+    with open_small(root, light=settings) as store:
+        store.commit(1, weights, slots)
+        for step in (2, 3):
+            weights = {"a.w": drifted(weights["a.w"])}
+            slots = {"a.w": {"x": noise(64, 64, seed=3 + step)}}
+            store.commit(step, weights, slots, mask=LIGHT)
+            table = documents(store)["a"].light
+            assert table is not None
+            bits = {path: tensor.bits for path, tensor in table.tensors.items()}
+            # Two bits do for a small change, and err by half where the value itself is coded.
+            assert bits["a.w"] == 2
+            assert bits["@optim/x/a.w"] in (4, 8)
+            assert table.tensors["@optim/x/a.w"].error <= 0.1
+            model, found = read(store)
+            assert_as_recorded(store, weights | {"x of a.w": slots["a.w"]["x"]}, model | found)
 
 
 def test_an_error_beyond_the_bound_makes_the_layer_due_in_full(root: Path) -> None:
@@ -606,3 +631,62 @@ def test_large_tensors_are_coded_in_pieces(root: Path) -> None:
         # Whichever thread ends first.
         for number in range(3, 7):
             assert store.commit(number, moved, mask=LIGHT).layers_written == ()
+
+
+def test_a_variance_is_never_restored_as_less_than_zero(store: ts.Store) -> None:
+    norm = torch.nn.BatchNorm1d(2048)
+    store.commit(0, nn.Sequential(norm))
+    generator = torch.Generator().manual_seed(0)
+    variance = torch.exp(0.4 * torch.randn(2048, generator=generator))
+    variance[::64] = 0.01  # channels that are nearly dead
+    norm.load_state_dict({"running_var": variance, "running_mean": variance - 1}, strict=False)
+    store.commit(1, nn.Sequential(norm), mask={"*": "light"})
+    with store.checkout() as checkpoint:
+        restored = torch.nn.BatchNorm1d(2048)
+        checkpoint.restore(nn.Sequential(restored))
+        assert checkpoint.fidelity["0"] == "light"
+    assert torch.equal(restored.state_dict()["running_var"], variance)
+    assert restored.eval()(torch.ones(2, 2048)).isfinite().all()
+
+
+def test_without_bounds_what_is_not_finite_is_still_stored_to_the_bit(tmp_path: Path) -> None:
+    settings = ts.LightSettings(max_weight_error=math.inf, max_slot_error=math.inf)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with ts.open_store(tmp_path / "root", light=settings) as store:
+        store.commit(0, {"a.w": weight})
+        weight += 0.01
+        weight[3, 4], weight[5, 6] = math.nan, math.inf
+        store.commit(1, {"a.w": weight}, mask={"*": "light"})
+        found = store.checkout().model_state_dict()["a.w"]
+    assert torch.equal(found.view(torch.int32), weight.view(torch.int32))
+
+
+def test_a_slot_that_was_negative_somewhere_in_its_base_is_restored_within_its_error(store: ts.Store) -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = torch.rand(1 << 18, generator=generator) * 1e-4 + 1e-4
+    now = 1.01 * before
+    # In blocks that no sample looks at, the zero in another half of what is coded at once.
+    before[5 * 128 + 3], before[40_000] = -1e-4, 0
+    weight = torch.zeros(1 << 18)
+    store.commit(0, {"a.w": weight}, {"a.w": {"slot": before}})
+    store.commit(1, {"a.w": weight}, {"a.w": {"slot": now}}, mask={"*": "light"})
+    checkpoint = store.checkout()
+    table = checkpoint.documents()["a"].light
+    assert table is not None
+    state = checkpoint.optim_state_dict()
+    assert isinstance(state, dict)
+    errors = (state["state"]["a.w"]["slot"].double() / now.double()).log()
+    assert errors.square().mean().sqrt().item() <= table.tensors["@optim/slot/a.w"].error
+
+
+def test_a_light_version_is_not_read_on_another_base_than_it_was_coded_on(store: ts.Store) -> None:
+    weight = torch.randn(64, 64)
+    bases = []
+    for number, how in enumerate(("full", "full", "light")):
+        weight += 0.01 * torch.randn(64, 64)
+        bases.append(store.commit(number, {"a.w": weight}, mask={"*": how}).id)
+    version = store.checkout()._composite.versions["a"]
+    assert version.base_id == bases[1]
+    load_document(store._objects, version)
+    with pytest.raises(CorruptDocumentError, match="not the one that was published"):
+        load_document(store._objects, replace(version, base_id=bases[0]))

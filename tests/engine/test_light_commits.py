@@ -22,7 +22,7 @@ from tests.kit.light import assert_as_recorded, read, slots_in, stored_light
 from tests.kit.models import adamw, assert_same, bits, gpt, same_bits, snapshot, train
 
 LIGHT = {"*": "light"}
-SMALL = ts.LightSettings(exact_below=64)
+SMALL = ts.LightSettings(weight_bits=4, slot_bits=4, block=128, exact_below=64)
 NOW = timedelta(0)
 
 

@@ -265,8 +265,8 @@ def test_a_baseline_seeded_from_stored_values_equals_one_that_was_kept() -> None
     assert seeded.knows(LAYER)
     fit(model, [torch.optim.SGD(model.parameters(), lr=0.1)], 3)
     assert measured(seeded, model)[LAYER] == measured(kept, model)[LAYER]
-    seeded.forget(LAYER)
-    seeded.forget(LAYER)
+    seeded.forget_all()
+    seeded.forget_all()
     assert not seeded.knows(LAYER)
     assert measured(seeded, model)[LAYER].drift is None
 
@@ -743,7 +743,7 @@ def test_copies_of_a_gauge_share_nothing() -> None:
     gauge = Gauge()
     save(gauge, {"w.weight": torch.ones(3)})
     other = copy.deepcopy(gauge)
-    other.forget("w")
+    other.forget_all()
     assert gauge.knows("w")
 
 

@@ -75,6 +75,20 @@ def test_what_was_foretold_is_what_is_written(tmp_path: Path, strategy: Strategy
                     assert one.bytes == pytest.approx(after[one.layer].bytes_stored, rel=0.35)
 
 
+def test_a_base_that_will_be_too_old_by_then_is_foretold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    light = ts.LightSettings(max_base_steps=25)
+    with ts.open_store(tmp_path / "root", light=light) as store:
+        run = Run(store)
+        for _ in range(3):
+            run.commit(Light())
+        assert store.checkout().fidelity["h.1"] == "light"
+        foretold = {one.layer: one.write for one in preview(store, Light(), light).layers}
+        run.commit(Light())
+        assert foretold == {name: how for name, how in store.checkout().fidelity.items() if name != "@extra"}
+        assert foretold["h.1"] == "full"
+
+
 def known(state: LayerState) -> LayerState:
     """Leave out of a state what the catalog cannot know or only estimates."""
     return replace(state, measures=None, importance=None, bytes_light=0, bytes_full=0, due_full=False)

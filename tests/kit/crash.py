@@ -77,7 +77,7 @@ class Place:
             branch=branch,
             create=create,
             chunk_bytes=1024,
-            light=ts.LightSettings(exact_below=64),
+            light=ts.LightSettings(weight_bits=4, slot_bits=4, exact_below=64),
         )
 
 
@@ -231,7 +231,7 @@ OFFSETS: Final = {10: 0, 20: 7, 30: 14, 40: 28, 90: 56}
 def weights(step: int) -> dict[str, torch.Tensor]:
     """Layers ``a`` (two tensors, one of two chunks), ``b`` (never changes) and ``c``."""
     return {
-        "a.w": torch.arange(300, dtype=torch.float32) + OFFSETS[step],
+        "a.w": torch.arange(300, dtype=torch.float32) - 100 + OFFSETS[step],
         "a.v": torch.full((3,), step, dtype=torch.bfloat16),
         "b.w": torch.full((5,), -0.0),
         "c.w": torch.full((), float(step)),
@@ -370,6 +370,9 @@ class Committing:
             if self.light and steps == new:
                 with store.checkout() as checkpoint:
                     assert checkpoint.fidelity == {"@extra": "full", "a": "light", "b": "full", "c": "light"}
+                    table = checkpoint.documents()["a"].light
+                    assert table is not None
+                    assert {tensor.coding for tensor in table.tensors.values()} == {"difference", "value", "exact"}
             check_whole(store)
 
 

@@ -316,6 +316,22 @@ def test_what_has_no_logarithm_is_not_coded(bits: int, bad: float, base_too: boo
     assert not np.isfinite(error)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_positive_in_a_base_counts_as_one_wherever_slices_end(bits: int) -> None:
+    x = np.random.default_rng(6).uniform(0.5, 2, 512).astype(np.float32)
+    base = x.copy()
+    base[[3, 140, 300]] = 0, np.nan, -1
+    codes, words, error, _ = encoded(x, base, "float32", bits, 128, log=True)
+    assert np.sqrt(error / 512) < 0.2
+    for ends in ([0, 512], [0, 128, 256, 384, 512]):
+        out = np.empty_like(x)
+        for low, high in itertools.pairwise(ends):
+            part = codes[quantise.packed_bytes(low, bits, 128) : quantise.packed_bytes(high, bits, 128)]
+            part_words = words[low // 64 : high // 64]
+            out[low:high] = decoded(part, part_words, base[low:high], "float32", bits, 128, high - low, log=True)
+        assert np.sqrt(np.mean(np.log(out / x) ** 2)) == pytest.approx(np.sqrt(error / 512), rel=1e-3)
+
+
 # --- One form
 
 

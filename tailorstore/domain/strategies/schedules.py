@@ -137,7 +137,7 @@ def _parts(context: MaskContext, count: int) -> dict[str, int]:
     By logical bytes, which stay as they are during a run, so the parts do as well.
     """
     sizes = sorted(enumerate(context.layers.values()), key=lambda placed: (-placed[1].bytes_logical, placed[0]))
-    parts = [(0, part) for part in range(count)]
+    parts = [(0, part) for part in range(min(count, len(sizes)))]
     found: dict[str, int] = {}
     for _, state in sizes:
         total, part = heapq.heappop(parts)

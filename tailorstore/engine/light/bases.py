@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections import OrderedDict
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +14,18 @@ _SHARE = 0.5
 def default_limit_bytes() -> int:
     """Return half of the machine's memory: bases are at most as large as the model's state."""
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _SHARE)
+
+
+_caches: "weakref.WeakSet[BaseCache]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Whoever holds a lock is a thread of the parent's.
+    for cache in _caches:
+        cache._start_empty()  # noqa: SLF001 - the same module
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @dataclass(slots=True)
@@ -35,7 +47,11 @@ class BaseCache:
     def __init__(self, limit_bytes: int | None = None) -> None:
         """Allow ``limit_bytes``; default half of the machine's memory."""
         self._limit = default_limit_bytes() if limit_bytes is None else limit_bytes
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._start_empty()
+        _caches.add(self)
+
+    def _start_empty(self) -> None:
+        self._held: dict[str, _Held] = {}
         self._lock = threading.Lock()
 
     @property
@@ -50,11 +66,10 @@ class BaseCache:
             held = self._held.get(layer)
             if held is None or held.version_id != version_id:
                 return {}
-            self._held.move_to_end(layer)
             return dict(held.tensors)
 
     def put(self, layer: str, version_id: str, tensors: Mapping[str, Tensor]) -> None:
-        """Hold just these tensors of a layer from now on; layers unused for longest make room."""
+        """Hold just these tensors of a layer from now on, if they fit."""
         with self._lock:
             self._held.pop(layer, None)
             new = _Held(version_id, dict(tensors))

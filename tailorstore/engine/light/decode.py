@@ -58,10 +58,12 @@ def read_tensor(objects: Objects, source: Source, box: Box | None = None) -> Ten
     if isinstance(source, StoredArray):
         return read_array(objects, source, box)
     shape = source.shape
-    if box is None or math.prod(shape) == 0 or box == tuple((0, extent) for extent in shape):
+    if not shape or math.prod(shape) == 0:
         target = empty_host(shape, source.dtype)
         read_tensors(objects, [(source, target)])
         return target
+    box = box or tuple((0, extent) for extent in shape)
+    # Not the whole layer's codes, of which this may be a small part.
     first, stop = box[0]
     rows = _read_rows(objects, source, first, stop)
     return rows[(slice(None), *(slice(low, high) for low, high in box[1:]))].contiguous()

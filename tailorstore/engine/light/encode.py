@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tailorstore.domain.light import BASED, Coding, LightSettings, LightTable, LightTensor
+from tailorstore.domain.light import BASED, BITS, Coding, LightSettings, LightTable, LightTensor
 from tailorstore.engine.tensors.capture import LayerCapture, slots_of, weights_of
 from tailorstore.engine.tensors.device_codes import codes_on_device, encode_on_device
 from tailorstore.engine.tensors.elements import (
@@ -66,7 +66,7 @@ class LayerEncoder:
         capture: LayerCapture,
         base: Mapping[str, Tensor],
         settings: LightSettings,
-        codings: Mapping[str, Coding],
+        previous: Mapping[str, LightTensor],
         done: Callable[[EncodedLayer], Iterable[Job]],
     ) -> None:
         """Take what is to be coded.
@@ -75,31 +75,35 @@ class LayerEncoder:
             capture: live or staged tensors; they must not change until the last job has ended.
             base: elements of the base, by array path, in the dtypes that the tensors have now.
             settings: bits, blocks and bounds.
-            codings: how slots were coded by the version before on the same base; keeping to it saves reading the base.
+            previous: how tensors were coded by the version before on the same base: keeping to it saves reading what
+                of the base is not needed, and trying how many bits suffice.
             done: is given the result.
         """
         self._capture = capture
         self._base = base
         self._settings = settings
-        self._codings = codings
+        self._previous = previous
         self._done = done
         self._weights = set(weights_of(capture))
+        self._buffers = {value["$array"] for value in capture.content["buffers"].values()}
         self._coded: dict[str, _Coded] = {}
         self._lock = threading.Lock()
 
     def jobs(self) -> list[Job]:
         """Return the jobs that code the layer."""
-        jobs: list[Job] = []
-        for path, tensor in self._describe().items():
-            self._coded[path] = coded = _Coded(tensor, path in self._weights)
-            if tensor.bits:
-                count = tensor.elements
-                coded.codes = np.empty(quantise.packed_bytes(count, tensor.bits, self._settings.block), np.uint8)
-                logarithmic = tensor.coding in LOGARITHMIC
-                words = quantise.scale_words(count, self._settings.block, logarithmic=logarithmic)
-                coded.words = np.empty(words, np.uint16)
-                jobs += [self._piece(path, low, min(low + _PIECE, count)) for low in range(0, count, _PIECE)]
+        jobs = [job for path, tensor in self._describe().items() for job in self._code(path, tensor)]
         return in_turn(jobs, self._finish)
+
+    def _code(self, path: str, tensor: LightTensor) -> list[Job]:
+        """Return the jobs that code one tensor."""
+        self._coded[path] = coded = _Coded(tensor, path in self._weights)
+        if not tensor.bits:
+            return []
+        count, block = tensor.elements, self._settings.block
+        coded.codes = np.empty(quantise.packed_bytes(count, tensor.bits, block), np.uint8)
+        words = quantise.scale_words(count, block, logarithmic=tensor.coding in LOGARITHMIC)
+        coded.words = np.empty(words, np.uint16)
+        return [self._piece(path, low, min(low + _PIECE, count)) for low in range(0, count, _PIECE)]
 
     def _describe(self) -> dict[str, LightTensor]:
         """Decide how each tensor is coded."""
@@ -132,14 +136,22 @@ class LayerEncoder:
             return exact
         base = self._base.get(path)
         if path in self._weights:
-            bits = self._settings.weight_bits
-            return exact if base is None else LightTensor(dtype, shape, "difference", bits)
+            # A variance that is rounded to less than zero makes NaN of what it normalises.
+            if base is None or (path in self._buffers and not any_negative(live)):
+                return exact
+            return LightTensor(dtype, shape, "difference", self._bits(path, self._settings.weight_bits))
         if not slot:
             return exact
-        kept = self._codings.get(path)
-        usable = kept is not None and (base is not None or kept not in BASED)
-        coding = kept if usable and kept is not None else _better_coding(live, base, self._settings.block)
-        return exact if coding == "exact" else LightTensor(dtype, shape, coding, self._settings.bits_of_slot(slot))
+        kept = self._previous.get(path)
+        usable = kept is not None and kept.bits and (base is not None or kept.coding not in BASED)
+        coding = kept.coding if usable and kept else _better_coding(live, base, self._settings.block)
+        bits = self._bits(path, self._settings.bits_of_slot(slot))
+        return exact if coding == "exact" else LightTensor(dtype, shape, coding, bits)
+
+    def _bits(self, path: str, asked: int) -> int:
+        """Return how many bits to begin with: as many as sufficed for the version before."""
+        kept = self._previous.get(path)
+        return max(asked, kept.bits) if kept else asked
 
     def _bound(self, path: str) -> float:
         return self._settings.max_weight_error if path in self._weights else self._settings.max_slot_error
@@ -194,10 +206,18 @@ class LayerEncoder:
         return job
 
     def _finish(self) -> Iterable[Job]:
-        for path, coded in self._coded.items():
+        again: list[Job] = []
+        for path, coded in list(self._coded.items()):
             tensor = coded.tensor
-            if tensor.bits and not coded.error <= self._bound(path):
+            if not tensor.bits or (math.isfinite(coded.error) and coded.error <= self._bound(path)):
+                continue
+            more = [bits for bits in BITS if bits > tensor.bits and math.isfinite(coded.error)]
+            if more:
+                again += self._code(path, replace(tensor, bits=more[0]))
+            else:
                 coded.tensor = LightTensor(tensor.dtype, tensor.shape, "exact")
+        if again:
+            return in_turn(again, self._finish)
         table, arrays = self._lay_out()
         weights = [coded for coded in self._coded.values() if coded.is_weight and coded.tensor.coding != "exact"]
         errors = [error for coded in weights for error in coded.squared_errors]
@@ -233,7 +253,10 @@ class LayerEncoder:
 
 def _relative(squared_errors: Iterable[float], squared_norms: Iterable[float]) -> float:
     """Return the root of the ratio of two sums, the same in whatever order; infinite where there is none."""
-    error, norm = math.fsum(squared_errors), math.fsum(squared_norms)
+    try:
+        error, norm = math.fsum(squared_errors), math.fsum(squared_norms)
+    except OverflowError:
+        return math.inf
     if not math.isfinite(error) or not math.isfinite(norm):
         return math.inf
     if norm == 0:

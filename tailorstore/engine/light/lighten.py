@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from tailorstore.domain.light import BASED, Coding
+from tailorstore.domain.light import BASED, LightTensor
 from tailorstore.engine.light.bases import BaseCache
 from tailorstore.engine.light.encode import EncodedLayer, LayerEncoder
 from tailorstore.engine.plan import LightPlan
@@ -30,12 +30,12 @@ def lightening_jobs(
         bases: gives what of the base is in memory, and is given what later versions on the same base will need.
         done: is given the result, and returns the jobs that write it.
     """
-    codings = _codings(plan)
+    previous = plan.previous.light.tensors if plan.previous is not None and plan.previous.light is not None else {}
     held = dict(bases.get(layer.name, plan.base.version_id))
     wanted = {
         path: empty_host(tuple(tensor.shape), name_of(tensor.dtype))
         for path, tensor in layer.arrays.items()
-        if path not in held and _may_need_base(layer, path, plan, codings)
+        if path not in held and _may_need_base(layer, path, plan, previous)
     }
     base = {**held, **wanted}
 
@@ -44,25 +44,18 @@ def lightening_jobs(
         bases.put(layer.name, plan.base.version_id, used)
         return done(encoded)
 
-    encoder = LayerEncoder(layer, base, plan.settings, codings, finish)
+    encoder = LayerEncoder(layer, base, plan.settings, previous, finish)
     reads = [(StoredArray(plan.base, plan.document.arrays[path]), target) for path, target in wanted.items()]
     return in_turn(array_jobs(objects, reads), encoder.jobs)
 
 
-def _codings(plan: LightPlan) -> dict[str, Coding]:
-    """Return how the version before on the same base coded its slots."""
-    if plan.previous is None or plan.previous.light is None:
-        return {}
-    tensors = plan.previous.light.tensors
-    return {path: tensor.coding for path, tensor in tensors.items() if tensor.coding not in ("exact", "rounded")}
-
-
-def _may_need_base(layer: LayerCapture, path: str, plan: LightPlan, codings: Mapping[str, Coding]) -> bool:
+def _may_need_base(layer: LayerCapture, path: str, plan: LightPlan, previous: Mapping[str, LightTensor]) -> bool:
     tensor = layer.arrays[path]
     coded = name_of(tensor.dtype) in CODED_DTYPES and tensor.numel() >= plan.settings.exact_below
-    kept = path not in plan.document.arrays or plan.document.arrays[path].spec.shape != tuple(tensor.shape)
-    if not coded or kept:
+    unlike = path not in plan.document.arrays or plan.document.arrays[path].spec.shape != tuple(tensor.shape)
+    if not coded or unlike:
         return False
     if path in weights_of(layer):
         return True
-    return path in slots_of(layer) and codings.get(path, "difference") in BASED
+    kept = previous.get(path)
+    return path in slots_of(layer) and (kept is None or not kept.bits or kept.coding in BASED)

@@ -18,6 +18,7 @@ from tailorstore.engine.tensors.motion import STEPS, Values, gathered
 from tailorstore.engine.tensors.parameters import (
     Parameter,
     batches,
+    buffer_layers,
     measurable,
     parameter,
     parameters_of,
@@ -94,7 +95,10 @@ class Gauge:
             for (layer, _), row in zip(runs(batch), rows.view(-1, _COLUMNS).tolist(), strict=True):
                 sums[layer].add(row, batch[0])
         squares = mean_squares(tallies, [values.tolist() for values in fetched[len(dealt) :]])
-        return {name: _figures(sums[name], members, squares, based=name in based) for name, members in layers.items()}
+        found = {name: _figures(sums[name], members, squares, based=name in based) for name, members in layers.items()}
+        # Buffers that moved did so by no step of an optimizer: nothing is known of them.
+        moved = {name for name in buffer_layers(layers) if sums[name].change or sums[name].bad}
+        return found | dict.fromkeys(moved, LayerMeasures(None, None, None, None, None))
 
     @torch.no_grad()
     def sample(self, captured: Capture, layers: Iterable[str]) -> Samples:
@@ -116,9 +120,9 @@ class Gauge:
         """Whether a layer has a baseline."""
         return layer in self._kept
 
-    def forget(self, layer: str) -> None:
-        """Drop a layer's baseline, if it has one."""
-        self._kept.pop(layer, None)
+    def forget_all(self) -> None:
+        """Drop the baselines of all layers."""
+        self._kept.clear()
 
     def watch(self, optim: OptimizerLike | Sequence[OptimizerLike], every: int = 10) -> Watch:
         """Observe gradients at every n-th step of torch optimizers, just before it: unscaled and clipped.

@@ -55,17 +55,23 @@ def measurable(tensor: torch.Tensor) -> bool:
 
 
 def weights_by_layer(captured: Capture) -> dict[str, dict[str, torch.Tensor]]:
-    """Return layer → name → parameter. In a model without parameters, a dictionary of tensors, all tensors count."""
-    layers = captured.layers.values()
-    kind = "params" if any(layer.content["params"] for layer in layers) else "buffers"
+    """Return layer → name → parameter; of a layer without any, its buffers, as in a dictionary of tensors."""
     return {
         layer.name: {
             name: tensor
-            for name, value in layer.content[kind].items()
+            for name, value in (layer.content["params"] or layer.content["buffers"]).items()
             if measurable(tensor := layer.arrays[value["$array"]])
         }
-        for layer in layers
+        for layer in captured.layers.values()
     }
+
+
+def buffer_layers(layers: Mapping[str, Sequence[Parameter]]) -> set[str]:
+    """Return the layers that have nothing but buffers, in a model that has parameters."""
+    trained = {
+        name for name, members in layers.items() if any(isinstance(one.tensor, torch.nn.Parameter) for one in members)
+    }
+    return layers.keys() - trained if trained else set()
 
 
 def parameters_of(captured: Capture) -> list[Parameter]:
