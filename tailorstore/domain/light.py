@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from tailorstore.domain.errors import InvalidInputError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 """Bits per element that codes may have."""
 
 ANY_SLOT = "*"
@@ -18,7 +18,7 @@ class LightSettings:
     """How light versions are made, and when a layer is due in full. The defaults are the study's."""
 
     weight_bits: int = 4
-    """Bits per element of parameters and buffers; one of 2, 3, 4, 8."""
+    """Bits per element of parameters and buffers; one of 2, 3, 4, 5, 6, 8."""
     slot_bits: int | Mapping[str, int] = 2
     """The same for optimizer slots, for all or by name; ``"*"`` stands for those that are not named."""
     block: int = 256

@@ -22,9 +22,9 @@ Words = npt.NDArray[np.uint16]
 SLICE = 1 << 16
 """Elements worked on at once; a multiple of every block size."""
 
-_WIDTH = {2: 2, 3: 4, 4: 4, 8: 8}
-"""Bits that a code takes before entropy coding. Codes of three bits take four: whole codes in a byte compress to
-their entropy, codes that straddle bytes do not."""
+_WIDTH = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+"""Bits that a code takes before entropy coding. Those of 3, 5 and 6 bits take 4 and 8: whole codes in a byte
+compress to their entropy, codes that straddle bytes do not."""
 
 _CLIP = {2: 1.5, 3: 3.0}
 """With few levels, where the scale ends, in root mean squares of the block: it errs less than the greatest element."""
@@ -88,7 +88,7 @@ def encode_linear(
     Args:
         x: at most :data:`SLICE` elements, float32 or float64, finite.
         base: as many of the same dtype, or ``None``.
-        bits: 2, 3, 4 or 8.
+        bits: a member of ``domain.light.BITS``.
         block: elements that share a scale.
         codes: filled with packed codes; ``packed_bytes`` of the slice.
         words: filled with a bfloat16 for each block.
@@ -154,7 +154,7 @@ def encode_log(
     Args:
         x: as for :func:`encode_linear`, none negative.
         base: as many non-negative elements, or ``None``; where it is zero, the value itself is coded.
-        bits: 2, 3, 4 or 8; one code stands for zero.
+        bits: a member of ``domain.light.BITS``; one code stands for zero.
         block: elements that share an offset and a step.
         codes: filled with packed codes.
         words: filled with two words for each block.

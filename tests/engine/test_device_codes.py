@@ -27,7 +27,7 @@ def on_host(
     return codes, words, error, norm
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_linear_codes_are_those_of_the_host(bits: int, count: int, with_base: bool) -> None:
@@ -47,7 +47,7 @@ def test_linear_codes_are_those_of_the_host(bits: int, count: int, with_base: bo
     assert found.squared_norm == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_logarithmic_codes_are_those_of_the_host(bits: int, count: int, with_base: bool) -> None:

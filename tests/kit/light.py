@@ -15,7 +15,7 @@ from tests.kit.models import assert_same, bits, same_bits
 
 Floats = npt.NDArray[np.float64]
 
-WIDTHS = {2: 2, 3: 4, 4: 4, 8: 8}
+WIDTHS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 """Bits that a code takes, by bits per element."""
 
 

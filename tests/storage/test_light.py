@@ -106,7 +106,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "a shape that is none": changed("a", SHAPE, None),
     "an unknown coding": changed("a", CODING, "delta"),
     "a coding that is no word": changed("a", CODING, None),
-    "unknown bits": changed("a", WIDTH, 5),
+    "unknown bits": changed("a", WIDTH, 7),
     "no bits": changed("a", WIDTH, 0),
     "bits that are no whole number": changed("a", WIDTH, 4.0),
     "bits that are true": changed("f", WIDTH, False),

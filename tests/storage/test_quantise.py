@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tailorstore.storage import quantise
 from tests.kit.light import Floats, linear, logarithmic, scales_of
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 BLOCKS = (16, 64, 128, 1024)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CLIPPED = {2: 1.5, 3: 3.0}
@@ -183,7 +183,7 @@ def test_the_error_of_tiny_elements_is_not_lost(bits: int, size: float) -> None:
     assert error == pytest.approx(float(np.sum((x - coded) ** 2)), rel=1e-3)
     # As good as codes of larger ones, down to where bfloat16 scales and float32 elements lose their last bits.
     if size > 1e-38:
-        assert np.sqrt(error / norm) < {2: 0.6, 3: 0.35, 4: 0.2, 8: 0.01}[bits]
+        assert np.sqrt(error / norm) < {2: 0.6, 3: 0.35, 4: 0.2, 5: 0.1, 6: 0.05, 8: 0.01}[bits]
     assert (decoded(codes, words, None, "float32", bits, 128, 1000, log=False) == coded.astype(np.float32)).all()
 
 
@@ -378,7 +378,7 @@ from tailorstore.storage import quantise
 chance = np.random.default_rng(5)
 x = chance.standard_normal(20000, dtype=np.float32) ** 2
 base = (x * chance.uniform(0.9, 1.1, 20000)).astype(np.float32)
-for bits in (2, 3, 4, 8):
+for bits in (2, 3, 4, 5, 6, 8):
     for log in (False, True):
         codes = np.empty(quantise.packed_bytes(x.size, bits, 128), np.uint8)
         words = np.empty(quantise.scale_words(x.size, 128, logarithmic=log), np.uint16)

@@ -50,7 +50,7 @@ def encode_on_device(
         base: of the same shape and dtype, on the host; ``None`` to code values.
         low: at a block's beginning.
         high: past the last.
-        bits: 2, 3, 4 or 8.
+        bits: a member of ``domain.light.BITS``.
         block: elements that share a scale.
         logarithmic: for elements that are never negative; see ``storage.quantise``.
 
