@@ -8,8 +8,8 @@ import tailorstore as ts
 from tailorstore.domain.light import LightTable, LightTensor
 
 WRONG: list[tuple[str, Any]] = [
-    *(("weight_bits", bad) for bad in (0, 1, 5, 16, -4, 4.0, True, "4", None)),
-    *(("slot_bits", bad) for bad in (1, 4.0, None, "4", {"exp_avg": 5}, {"*": True}, [4])),
+    *(("weight_bits", bad) for bad in (0, 1, 7, 16, -4, 4.0, True, "4", None)),
+    *(("slot_bits", bad) for bad in (1, 4.0, None, "4", {"exp_avg": 7}, {"*": True}, [4])),
     *(("block", bad) for bad in (0, 8, 100, 8192, 128.0, True, "128", None)),
     *(("max_weight_error", bad) for bad in (-0.1, float("nan"), None, "0.1", True)),
     *(("max_slot_error", bad) for bad in (-1, float("nan"))),
