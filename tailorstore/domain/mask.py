@@ -10,6 +10,8 @@ from tailorstore.domain.errors import MaskError
 from tailorstore.domain.records import EXTRA_LAYER, Fidelity, LayerMeasures
 
 _SHOWN = 10
+_NESTED = 8
+"""A strategy may return another one, to this depth."""
 
 MaskValue = bool | Fidelity
 MaskEntries = Mapping[str, MaskValue] | Iterable[str]
@@ -89,8 +91,13 @@ def resolve_mask(mask: Mask, context: MaskContext) -> dict[str, Fidelity]:
     if isinstance(mask, type):
         msg = f"the mask is the class {mask.__name__} itself; make a strategy of it, as in mask={mask.__name__}(…)"
         raise MaskError(msg)
-    if isinstance(mask, Strategy):
-        mask = mask.select(context)
+    for _ in range(_NESTED):
+        if not isinstance(mask, Strategy):
+            break
+        strategy, mask = mask, mask.select(context)
+        if mask is None:
+            msg = f"the strategy {type(strategy).__name__} returned nothing; return [] to write no layer, ['*'] for all"
+            raise MaskError(msg)
     if mask is None:
         return dict.fromkeys(context.layers, "full")
     if isinstance(mask, str):

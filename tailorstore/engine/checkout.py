@@ -272,6 +272,9 @@ class Checkpoint:
         return self.extra
 
     def _check(self, bounds: Bounds | None) -> None:
+        if bounds is not None and not isinstance(bounds, Bounds):
+            msg = f"bounds must be Bounds(…) or None, not {bounds!r}"
+            raise InvalidInputError(msg)
         passed = bounds.passed_by(self.conditions.values()) if bounds is not None else []
         if not passed or bounds is None:
             return

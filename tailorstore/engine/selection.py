@@ -4,19 +4,22 @@ A selector belongs to one branch in one process. What must outlast the process g
 """
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tailorstore.domain.importance import Importance
-from tailorstore.domain.light import LightSettings
+from tailorstore.domain.light import ANY_SLOT, LightSettings
 from tailorstore.domain.mask import LayerState, MaskContext
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, learning_rate, slots_of
 from tailorstore.engine.tensors.measures import Gauge, Samples
 from tailorstore.engine.tensors.memory import Tensor, name_of, nbytes
 from tailorstore.storage.light import CODED_DTYPES
+
+logger = logging.getLogger("tailorstore")
 
 STATE = "selection"
 """Key in the skeleton of ``@extra``."""
@@ -82,6 +85,7 @@ class Selector:
     _unchanged: dict[str, int] = field(default_factory=dict)
     """Layer → step at which it was last found to be what is stored."""
     _committed_at: float | None = None
+    _told: bool = False
 
     def look(
         self,
@@ -102,6 +106,7 @@ class Selector:
 
         A layer whose stored weights are damaged has no drift, and so counts as most urgent.
         """
+        self._tell_unknown_slots(captured)
         self._follow(head, documents)
         if head is not None:
             unknown = [name for name in captured.layers if name in head.versions and not self.gauge.knows(name)]
@@ -117,6 +122,15 @@ class Selector:
         if predicted is not None:
             layers |= {name: replace(layers[name], importance=value) for name, value in predicted.items()}
         return Outlook(context, measures, rate)
+
+    def _tell_unknown_slots(self, captured: Capture) -> None:
+        """Say once which slots the settings name and the optimizers do not have: a typing error would cost quality."""
+        slots = {slot for layer in captured.layers.values() for _, slot in slots_of(layer).values()}
+        named = set(self.settings.slot_bits) - {ANY_SLOT} if isinstance(self.settings.slot_bits, Mapping) else set()
+        if slots and not self._told and (unknown := named - slots):
+            self._told = True
+            names = ", ".join(map(repr, sorted(unknown)))
+            logger.warning("light settings name slots %s; the optimizers have %s", names, ", ".join(sorted(slots)))
 
     def decide(self, outlook: Outlook, captured: Capture, due: Mapping[str, Fidelity]) -> Decision:
         """Take what is needed of the layers that are about to be written; changes nothing yet."""

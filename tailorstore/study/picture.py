@@ -55,12 +55,12 @@ def draw(folder: Path, name: str, records: Sequence[Record]) -> list[Path]:
         fontsize=11,
     )
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     paths = [folder / f"{name}.svg", folder / f"{name}.png"]
     # Without a date and with names of its own for what it repeats, equal results give equal files.
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(paths[0], metadata={"Date": None})
-    figure.savefig(paths[1], dpi=160)
+        figure.savefig(paths[0], metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(paths[1], dpi=110, bbox_inches="tight")
     return paths
 
 

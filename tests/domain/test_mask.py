@@ -34,6 +34,19 @@ def test_forms(mask: Any, chosen: list[str]) -> None:
     assert list(resolve_mask(mask, CONTEXT)) == chosen
 
 
+def test_a_strategy_may_hand_over_to_another_and_must_return_something() -> None:
+    class Nothing:
+        def select(self, context: MaskContext) -> None:
+            return None
+
+    class Handing:
+        def select(self, context: MaskContext) -> Any:
+            return Nothing() if context.step == 7 else None
+
+    with pytest.raises(MaskError, match="strategy Nothing returned nothing"):
+        resolve_mask(Handing(), CONTEXT)
+
+
 def test_a_strategy_is_asked_with_what_it_needs_to_know() -> None:
     class Odd:
         def select(self, context: MaskContext) -> Mapping[str, bool]:

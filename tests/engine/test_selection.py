@@ -220,3 +220,28 @@ def test_a_child_does_not_wait_for_a_thread_of_its_parents() -> None:
     with cache._lock:
         bases._after_fork_in_child()
         assert cache.get("a", "1") == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_element_that_is_no_number_makes_its_layer_urgent(tmp_path: Path, value: float) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(96, 96) for _ in range(4)))
+    with ts.open_store(tmp_path / "root") as store:
+        store.commit(1, model)
+        with torch.no_grad():
+            model[2].get_parameter("weight")[41, 7] = value
+        commit = store.commit(2, model, mask=ts.strategies.TopK(1))
+        assert commit.layers_written == ("2",)
+        assert store.updates().finite[-1].tolist() == [True, True, False, True]
+
+
+def test_settings_for_slots_that_no_optimizer_has_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(40, 40)
+    optim = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 40)).sum().backward()
+    optim.step()
+    with ts.open_store(tmp_path / "root", light=ts.LightSettings(slot_bits={"momentum_bufer": 4})) as store:
+        store.commit(1, model, optim)
+        store.commit(2, model, optim)
+    told = [record.getMessage() for record in caplog.records if "momentum_bufer" in record.getMessage()]
+    assert told == ["light settings name slots 'momentum_bufer'; the optimizers have momentum_buffer"]

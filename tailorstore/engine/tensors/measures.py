@@ -89,12 +89,18 @@ class Gauge:
         based = {name for name, members in layers.items() if members and all(map(self._baseline, members))}
         dealt = list(batches(parameters, _batch_size(parameters)))
         tallies = self._gradients.tallies()
-        fetched = _to_host([*(self._sums(batch) for batch in dealt), *(tally.sums for tally in tallies)])
+        summed = _summed(parameters)
+        measured = [*(self._sums(batch) for batch in dealt), *(tally.sums for tally in tallies)]
+        fetched = _to_host([*measured, *(totals for _, totals in summed)])
         sums = {name: _Sums() for name in captured.layers}
         for batch, rows in zip(dealt, fetched, strict=False):
             for (layer, _), row in zip(runs(batch), rows.view(-1, _COLUMNS).tolist(), strict=True):
                 sums[layer].add(row, batch[0])
-        squares = mean_squares(tallies, [values.tolist() for values in fetched[len(dealt) :]])
+        # Weights are looked at as a whole, slots in the sample: what is wrong with them is in the weights a step later.
+        for (members, _), totals in zip(summed, fetched[len(measured) :], strict=True):
+            for one, finite in zip(members, totals.isfinite().tolist(), strict=True):
+                sums[one.layer].bad += not finite
+        squares = mean_squares(tallies, [values.tolist() for values in fetched[len(dealt) : len(measured)]])
         found = {name: _figures(sums[name], members, squares, based=name in based) for name, members in layers.items()}
         # Buffers that moved did so by no step of an optimizer: nothing is known of them.
         moved = {name for name in buffer_layers(layers) if sums[name].change or sums[name].bad}
@@ -242,6 +248,22 @@ def _figures(sums: _Sums, members: Sequence[Parameter], squares: Mapping[int, fl
         gradient=_root(sum(observed)) if observed else None,
         curvature=sums.curvature if based and not sums.uncurved and math.isfinite(sums.curvature) else None,
     )
+
+
+def _summed(parameters: Iterable[Parameter]) -> list[tuple[list[Parameter], torch.Tensor]]:
+    """Return, by device, parameters and the sum of each one's elements, (parameters,) float64: not finite if one is."""
+    devices: dict[torch.device, list[Parameter]] = {}
+    for one in parameters:
+        if one.tensor.numel() and (one.tensor.is_floating_point() or one.tensor.is_complex()):
+            devices.setdefault(one.tensor.device, []).append(one)
+    return [(members, torch.stack([_sum(one.tensor).double() for one in members])) for members in devices.values()]
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    values = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    wide_enough = values.dtype in (torch.float32, torch.float64)
+    # Sixteen bits would overflow by themselves; eight have no sums.
+    return values.sum() if wide_enough else values.float().sum()
 
 
 def _root(square: float) -> float | None:
