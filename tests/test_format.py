@@ -215,7 +215,8 @@ def test_a_light_version_is_a_group_of_three_arrays(tmp_path: Path) -> None:
     root = tmp_path / "root"
     state = {"a.w": any_bits("int16").float(), "a.n": any_bits("int64", (5,)), "b.w": any_bits("float32", (3,))}
     slots = {"a.w": {"exp_avg": any_bits("int8").float(), "exp_avg_sq": any_bits("uint8").float() + 1}}
-    with ts.open_store(root, chunk_bytes=1024, light=ts.LightSettings(exact_below=64, block=16, slot_bits=4)) as store:
+    light = ts.LightSettings(exact_below=64, block=16, weight_bits=4, slot_bits=4)
+    with ts.open_store(root, chunk_bytes=1024, light=light) as store:
         base = store.commit(1, state, slots)
         moved = {name: value + (name == "a.w") for name, value in state.items()}
         slots = {"a.w": {slot: value * 1.01 for slot, value in slots["a.w"].items()}}

@@ -17,7 +17,7 @@ ANY_SLOT = "*"
 class LightSettings:
     """How light versions are made, and when a layer is due in full. The defaults are the study's."""
 
-    weight_bits: int = 4
+    weight_bits: int = 5
     """Bits per element of parameters and buffers; one of 2, 3, 4, 5, 6, 8."""
     slot_bits: int | Mapping[str, int] = 2
     """The same for optimizer slots, for all or by name; ``"*"`` stands for those that are not named."""

@@ -85,7 +85,7 @@ def test_bits_and_codec_become_settings_of_the_store() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("light() @ 5/4", InvalidInputError),
+        ("light() @ 7/4", InvalidInputError),
         ("light() @ 4", InvalidInputError),
         ("light() + snappy", InvalidInputError),
         ("lihgt()", MaskError),

@@ -169,7 +169,7 @@ def test_factors_come_from_what_was_written(tmp_path: Path) -> None:
     ("args", "code", "said"),
     [
         (("--strategy", "lihgt()"), 2, "light"),
-        (("--strategy", "light() @ 5/5"), 2, "bits"),
+        (("--strategy", "light() @ 7/7"), 2, "bits"),
         (("--task", "vision", "--size", "300m"), 2, "300m"),
         (("--draw-only",), 3, "no results of pretrain-tiny-adamw"),
         (("--evaluations", "7"), 2, "fewer than 7"),
