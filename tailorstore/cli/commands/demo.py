@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     examples=[
         "tailorstore demo",
         "tailorstore demo --to /tmp/demo --steps 400",
-        'tailorstore demo --mask "staggered(4)"      # a quarter in full, the rest light',
+        'tailorstore demo --mask "staggered(8)"      # a quarter in full, the rest light',
     ],
 )
 @click.option(
@@ -172,7 +172,7 @@ def _print_result(result: "DemoResult") -> None:
         print_line(f"  {line}", wrap=False)
     if all(layer.fidelity == "full" for layer in result.layers):
         print_line()
-        print_line(f"With light versions no layer is left behind: {program} demo --mask 'staggered(4)'", wrap=False)
+        print_line(f"With light versions no layer is left behind: {program} demo --mask 'staggered(8)'", wrap=False)
 
 
 def _program() -> str:
