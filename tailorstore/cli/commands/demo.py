@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     examples=[
         "tailorstore demo",
         "tailorstore demo --to /tmp/demo --steps 400",
-        'tailorstore demo --mask "staggered(8)"      # a quarter in full, the rest light',
+        'tailorstore demo --mask "staggered(8)"      # an eighth in full, the rest light',
     ],
 )
 @click.option(
