@@ -105,11 +105,11 @@ def _light_rows(bench: _Bench, repeat: int, say: Callable[[str], None]) -> list[
         light_bytes = bench.bytes_written
         return taken
 
-    def of_new_base(block: bool) -> float:
+    def of_new_base() -> float:
         bench.commit(None)
-        return bench.commit(_LIGHT, block=block)
+        return bench.commit(_LIGHT)
 
-    walls = interleaved({"full": full}, repeat) | interleaved({"first": lambda: of_new_base(True)}, repeat)
+    walls = interleaved({"full": full}, repeat) | interleaved({"first": of_new_base}, repeat)
     walls |= interleaved({"light": light}, repeat)
     restores = interleaved({"light": bench.restore}, repeat)
     say("the same behind the trainer's back")

@@ -111,8 +111,6 @@ class Composite:
     """Every layer of the composite, ``@extra`` included, in sorted order."""
     bases: Mapping[str, LayerVersion] = field(default_factory=dict)
     """Layer → the full version that its light version is a difference to; only light layers."""
-    measures: Mapping[str, LayerMeasures] = field(default_factory=dict)
-    """Layer → what was measured when the commit was made, before it wrote."""
 
     @property
     def sources(self) -> dict[str, int]:
@@ -152,7 +150,7 @@ class CommitManifest:
     bases: Mapping[str, LayerVersion] = field(default_factory=dict)
     """As :attr:`Composite.bases`."""
     measures: Mapping[str, LayerMeasures] = field(default_factory=dict)
-    """As :attr:`Composite.measures`."""
+    """Layer → what was measured when the commit was made, before it wrote."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,8 +156,9 @@ class Committer:
         extra.content[STATE] = decision.state
         layers = [*(captured.layers[name] for name in decision.due), extra]
         encoded: dict[str, EncodedLayer] = {}
-        wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
-        if staged:
+        if not staged:
+            _wait_for(layers)
+        else:
             try:
                 encoded = self._encode_on_devices(head, decision, layers)
                 layers = _stage(self.arena, [layer for layer in layers if layer.name not in encoded])
@@ -210,7 +211,7 @@ class Committer:
         self.keeper.forget(prepared.draft.id)
         documents = dict(prepared.head.documents) if prepared.head else {}
         documents |= {name: sealed.document for name, sealed in written.sealed.items()}
-        composite = Composite(commit, manifest.versions, manifest.bases, manifest.measures)
+        composite = Composite(commit, manifest.versions, manifest.bases)
         base_documents = {name: prepared.head.base_of(name)[1] for name in manifest.bases} if prepared.head else {}
         self.head = Head(composite, documents, base_documents)
         self.selector.published(prepared.decision, commit, written.unchanged)
@@ -279,20 +280,21 @@ class Committer:
     ) -> dict[str, EncodedLayer]:
         """Code those layers that are due light where their tensors are: a tenth as much has to leave the device."""
         encoded: dict[str, EncodedLayer] = {}
-        jobs: list[Job] = []
-        for layer in layers:
-            here = any(codes_on_device(tensor) for tensor in layer.arrays.values())
-            if head is None or not here or decision.due.get(layer.name) != "light":
-                continue
+        due = [layer for layer in layers if decision.due.get(layer.name) == "light" and _is_coded_on_device(layer)]
+        if head is None or not due:
+            return encoded
 
-            def keep(found: EncodedLayer) -> Iterable[Job]:
-                encoded[found.capture.name] = found
-                return ()
+        def keep(found: EncodedLayer) -> Iterable[Job]:
+            encoded[found.capture.name] = found
+            return ()
 
-            plan = self._light_plan(head, layer.name)
-            jobs += lightening_jobs(self.objects, layer, plan, self.bases, keep)
-        if jobs:
-            run_jobs(jobs, self.objects.workers)
+        _wait_for(due)
+        jobs = [
+            job
+            for layer in due
+            for job in lightening_jobs(self.objects, layer, self._light_plan(head, layer.name), self.bases, keep)
+        ]
+        run_jobs(jobs, self.objects.workers)
         return encoded
 
     def _light_plan(self, head: Head, layer: str) -> LightPlan:
@@ -367,6 +369,14 @@ def _capture_extra(captured: Capture, extra: Any) -> LayerCapture:  # noqa: ANN4
         "rng": packer.pack(rng_states(), "rng"),
     }
     return LayerCapture(EXTRA_LAYER, content, {**captured.shared_arrays, **packer.arrays})
+
+
+def _wait_for(layers: Iterable[LayerCapture]) -> None:
+    wait_for_devices(tensor for layer in layers for tensor in layer.arrays.values())
+
+
+def _is_coded_on_device(layer: LayerCapture) -> bool:
+    return any(codes_on_device(tensor) for tensor in layer.arrays.values())
 
 
 def _stage(arena: HostArena, layers: Iterable[LayerCapture]) -> list[LayerCapture]:

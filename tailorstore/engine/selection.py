@@ -125,9 +125,11 @@ class Selector:
 
     def _tell_unknown_slots(self, captured: Capture) -> None:
         """Say once which slots the settings name and the optimizers do not have: a typing error would cost quality."""
+        if self._told or not isinstance(self.settings.slot_bits, Mapping):
+            return
         slots = {slot for layer in captured.layers.values() for _, slot in slots_of(layer).values()}
-        named = set(self.settings.slot_bits) - {ANY_SLOT} if isinstance(self.settings.slot_bits, Mapping) else set()
-        if slots and not self._told and (unknown := named - slots):
+        unknown = set(self.settings.slot_bits) - {ANY_SLOT} - slots
+        if slots and unknown:
             self._told = True
             names = ", ".join(map(repr, sorted(unknown)))
             logger.warning("light settings name slots %s; the optimizers have %s", names, ", ".join(sorted(slots)))
@@ -184,10 +186,11 @@ class Selector:
         self.gauge.forget_all()
 
     def _state(self, layer: LayerCapture, step: int, head: Composite | None, measures: LayerMeasures) -> LayerState:
-        light = self._light_bytes(layer)
         version = head.versions.get(layer.name) if head else None
         if head is None or version is None:
-            return LayerState(layer.name, layer.nbytes, None, bytes_full=layer.nbytes, bytes_light=light)
+            return LayerState(
+                layer.name, layer.nbytes, None, bytes_full=layer.nbytes, bytes_light=self._light_bytes(layer)
+            )
         base = version if version.fidelity == "full" else head.bases[layer.name]
         base_age = self._commits_since(base.step)
         current = max(version.step, self._unchanged.get(layer.name, version.step))
@@ -203,7 +206,7 @@ class Selector:
             error=version.error,
             due_full=self.settings.is_due(error=version.error, base_commits=base_age + 1, base_steps=step - base.step),
             bytes_full=base.bytes_stored,
-            bytes_light=version.bytes_stored if version.fidelity == "light" else light,
+            bytes_light=version.bytes_stored if version.fidelity == "light" else self._light_bytes(layer),
             measures=measures,
         )
 

@@ -11,7 +11,6 @@ from tailorstore.cli.output import count, make_console, print_json, print_line, 
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
 from tailorstore.domain.errors import AlreadyExistsError
-from tailorstore.domain.names import natural
 from tailorstore.domain.records import MEASURES
 
 if TYPE_CHECKING:
@@ -72,39 +71,38 @@ def command(
     with settings.open() as store:
         updates = store.updates(limit=limit or None)
         branch = store.branch_name
-    order = sorted(range(len(updates.layers)), key=lambda at: natural(updates.layers[at]))
     if output is not None:
-        _write(_heatmap(updates, branch, measure, order, linear=linear), output, overwrite=overwrite)
+        _write(_heatmap(updates, branch, measure, linear=linear), output, overwrite=overwrite)
     if settings.json:
-        document = _document(updates, branch, measure, order)
+        document = _document(updates, branch, measure)
         print_json(document if output is None else {**document, "path": str(output)})
     elif output is None:
-        _print(_heatmap(updates, branch, measure, order, linear=linear))
+        _print(_heatmap(updates, branch, measure, linear=linear))
     else:
         steps = count(len(updates.steps), "commit")
-        print_line(f"Drew {measure} of {count(len(order), 'layer')} at {steps} into {output}.")
+        print_line(f"Drew {measure} of {count(len(updates.layers), 'layer')} at {steps} into {output}.")
 
 
-def _heatmap(updates: "Updates", branch: str, measure: str, order: list[int], *, linear: bool) -> Heatmap:
-    figures, finite = updates.of(measure).T.tolist(), updates.finite.T.tolist()
+def _heatmap(updates: "Updates", branch: str, measure: str, *, linear: bool) -> Heatmap:
+    rows = zip(updates.of(measure).T.tolist(), updates.finite.T.tolist(), strict=True)
     cells = tuple(
-        tuple(value if fine else math.inf for value, fine in zip(figures[at], finite[at], strict=True)) for at in order
+        tuple(value if fine else math.inf for value, fine in zip(figures, finite, strict=True))
+        for figures, finite in rows
     )
     scale = scale_of((value for row in cells for value in row), linear=linear)
     steps = tuple(updates.steps.tolist())
     title = f"{measure} on {branch}, {count(len(steps), 'commit')}"
-    return Heatmap(title, tuple(updates.layers[at] for at in order), steps, cells, scale)
+    return Heatmap(title, updates.layers, steps, cells, scale)
 
 
-def _document(updates: "Updates", branch: str, measure: str, order: list[int]) -> dict[str, object]:
-    figures, finite = updates.of(measure)[:, order].tolist(), updates.finite[:, order].tolist()
+def _document(updates: "Updates", branch: str, measure: str) -> dict[str, object]:
     return {
         "branch": branch,
         "measure": measure,
         "steps": updates.steps.tolist(),
-        "layers": [updates.layers[at] for at in order],
-        "values": [[None if math.isnan(value) else value for value in row] for row in figures],
-        "finite": finite,
+        "layers": list(updates.layers),
+        "values": [[None if math.isnan(value) else value for value in row] for row in updates.of(measure).tolist()],
+        "finite": updates.finite.tolist(),
     }
 
 

@@ -81,25 +81,24 @@ def _read_rows(objects: Objects, source: LightSource, first: int, stop: int) -> 
     align = block if tensor.coding != "exact" else 1
     low = first * width // align * align
     high = min(tensor.elements, -(-stop * width // align) * align)
-    parts = {path: _Part(objects, array, source, low, high) for path, array in source.arrays.items()}
+    parts = {
+        path: _words(read_array(objects, array, (_span(source, path, low, high),)), path)
+        for path, array in source.arrays.items()
+    }
     out = empty_host((high - low,), tensor.dtype)
     if source.base is not None and high > low:
         base_first, base_stop = low // width, -(-high // width)
         box = ((base_first, base_stop), *((0, extent) for extent in tensor.shape[1:]))
         base = read_array(objects, source.base, box).reshape(-1)[low - base_first * width : high - base_first * width]
         out.copy_(base)
-    _decode(source, {path: part.values for path, part in parts.items()}, _flat(out), 0, high - low)
+    _decode(source, parts, _flat(out), 0, high - low)
     rows = out[first * width - low : stop * width - low]
     return rows.reshape((stop - first, *tensor.shape[1:]))
 
 
-class _Part:
-    """What elements ``low`` to ``high`` of a tensor need of one of a light version's arrays."""
-
-    def __init__(self, objects: Objects, array: StoredArray, source: LightSource, low: int, high: int) -> None:
-        begin, end = _span(source, array.record.path, low, high)
-        read = read_array(objects, array, ((begin, end),))
-        self.values = np.frombuffer(as_bytes(read), np.uint16 if array.record.path == SCALES else np.uint8)
+def _words(tensor: Tensor, path: str) -> np.ndarray[Any, Any]:
+    """Return what was read of one of a light version's arrays as NumPy sees it."""
+    return np.frombuffer(as_bytes(tensor), np.uint16 if path == SCALES else np.uint8)
 
 
 def _span(source: LightSource, path: str, low: int, high: int) -> tuple[int, int]:
@@ -122,7 +121,7 @@ def _layer_jobs(objects: Objects, members: Sequence[tuple[LightSource, Tensor]])
     """Return the jobs that read and decode some tensors of one light version."""
     arrays = members[0][0].arrays
     held = {path: empty_host(array.record.spec.shape, array.record.spec.dtype) for path, array in arrays.items()}
-    reads: list[tuple[Source, Tensor]] = [(array, held[path]) for path, array in arrays.items()]
+    reads = [(array, held[path]) for path, array in arrays.items()]
     decodes: list[Job] = []
     ends: list[Job] = []
     coded = {source.path for source, _ in members if source.master is None}
@@ -149,7 +148,7 @@ def _layer_jobs(objects: Objects, members: Sequence[tuple[LightSource, Tensor]])
     def decode() -> Iterable[Job]:
         return in_turn(decodes, lambda: ends) if ends else decodes
 
-    return in_turn(array_jobs(objects, reads), decode)  # type: ignore[arg-type]
+    return in_turn(array_jobs(objects, reads), decode)
 
 
 def _in_place(source: LightSource, target: Tensor) -> bool:
@@ -172,11 +171,9 @@ def _round_job(target: Tensor, dtype: str, master: Tensor) -> Job:
 def _decode_jobs(source: LightSource, held: Mapping[str, Tensor], buffer: Tensor) -> list[Job]:
     def job(low: int, high: int) -> Job:
         def run() -> None:
-            parts = {}
-            for path, tensor in held.items():
-                begin, end = _span(source, path, low, high)
-                words = np.uint16 if path == SCALES else np.uint8
-                parts[path] = np.frombuffer(as_bytes(tensor), words)[begin:end]
+            parts = {
+                path: _words(tensor, path)[slice(*_span(source, path, low, high))] for path, tensor in held.items()
+            }
             _decode(source, parts, _flat(buffer), low, high)
 
         return run

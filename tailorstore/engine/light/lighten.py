@@ -8,7 +8,7 @@ from tailorstore.engine.light.encode import EncodedLayer, LayerEncoder
 from tailorstore.engine.plan import LightPlan
 from tailorstore.engine.read import StoredArray, array_jobs
 from tailorstore.engine.tensors.capture import LayerCapture, slots_of, weights_of
-from tailorstore.engine.tensors.memory import empty_host, name_of
+from tailorstore.engine.tensors.memory import Tensor, empty_host, name_of
 from tailorstore.storage.light import CODED_DTYPES
 from tailorstore.storage.threads import Job, in_turn
 from tailorstore.storage.transport import Objects
@@ -34,8 +34,8 @@ def lightening_jobs(
     held = dict(bases.get(layer.name, plan.base.version_id))
     wanted = {
         path: empty_host(tuple(tensor.shape), name_of(tensor.dtype))
-        for path, tensor in layer.arrays.items()
-        if path not in held and _may_need_base(layer, path, plan, previous)
+        for path, tensor in _that_may_need_base(layer, plan, previous).items()
+        if path not in held
     }
     base = {**held, **wanted}
 
@@ -49,13 +49,16 @@ def lightening_jobs(
     return in_turn(array_jobs(objects, reads), encoder.jobs)
 
 
-def _may_need_base(layer: LayerCapture, path: str, plan: LightPlan, previous: Mapping[str, LightTensor]) -> bool:
-    tensor = layer.arrays[path]
-    coded = name_of(tensor.dtype) in CODED_DTYPES and tensor.numel() >= plan.settings.exact_below
-    unlike = path not in plan.document.arrays or plan.document.arrays[path].spec.shape != tuple(tensor.shape)
-    if not coded or unlike:
-        return False
-    if path in weights_of(layer):
-        return True
-    kept = previous.get(path)
-    return path in slots_of(layer) and (kept is None or not kept.bits or kept.coding in BASED)
+def _that_may_need_base(layer: LayerCapture, plan: LightPlan, previous: Mapping[str, LightTensor]) -> dict[str, Tensor]:
+    """Return the tensors whose coding may be a difference or ratio to the base's, by array path."""
+    weights, slots = weights_of(layer), slots_of(layer)
+
+    def may(path: str, tensor: Tensor) -> bool:
+        coded = name_of(tensor.dtype) in CODED_DTYPES and tensor.numel() >= plan.settings.exact_below
+        stored = plan.document.arrays.get(path)
+        if not coded or stored is None or stored.spec.shape != tuple(tensor.shape):
+            return False
+        kept = previous.get(path)
+        return path in weights or (path in slots and (kept is None or not kept.bits or kept.coding in BASED))
+
+    return {path: tensor for path, tensor in layer.arrays.items() if may(path, tensor)}
