@@ -36,6 +36,37 @@ class Chunk:
         return tuple(slice(start, stop) for start, stop in self.box)
 
 
+def box_of(shape: tuple[int, ...]) -> Box:
+    """Return the box that is the whole of a tensor.
+
+    Examples:
+        >>> box_of((5, 4)), box_of(())
+        (((0, 5), (0, 4)), ())
+    """
+    return tuple((0, extent) for extent in shape)
+
+
+def meet(a: Box, b: Box) -> Box | None:
+    """Return the box that two boxes share; ``None`` where they share no element.
+
+    Examples:
+        >>> meet(((0, 5),), ((3, 9),)), meet(((0, 5),), ((5, 9),)), meet((), ())
+        (((3, 5),), None, ())
+    """
+    shared = tuple((max(start, low), min(stop, high)) for (start, stop), (low, high) in zip(a, b, strict=True))
+    return None if any(start >= stop for start, stop in shared) else shared
+
+
+def within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """Return the index expression that takes a box out of a tensor that holds the elements of an outer box.
+
+    Examples:
+        >>> within(((3, 5),), ((2, 9),))
+        (slice(1, 3, None),)
+    """
+    return tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(box, outer, strict=True))
+
+
 def grid_of(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many chunks there are along each dimension; () for a scalar.
 
@@ -48,7 +79,7 @@ def grid_of(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> tuple[int, 
 
 def chunks_of(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Iterator[Chunk]:
     """Yield every chunk in C order; none for an array without elements, one for a scalar."""
-    return chunks_in(tuple((0, size) for size in shape), shape, chunk_shape)
+    return chunks_in(box_of(shape), shape, chunk_shape)
 
 
 def chunks_in(box: Box, shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Iterator[Chunk]:

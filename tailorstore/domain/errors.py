@@ -5,9 +5,9 @@ TailorError
 ├─ NotFoundError (KeyError)        StoreNotFound · BucketNotFound · RefNotFound · LayerNotFound · BranchNotFound
 ├─ AlreadyExistsError              TagExists · BranchExists
 ├─ InvalidInputError (ValueError)  BadName · Mask · StepOrder · ModelMismatch · ExtraState · AmbiguousRef ·
-│                                 RestoreMismatch · BoundsExceeded
+│                                 RestoreMismatch · BoundsExceeded · RanksDisagree
 ├─ ConflictError                   HeadMoved · LeaseExpired · RootTaken          → look again, then decide
-├─ UnavailableError                StorageUnavailable · StorageFull · CatalogUnavailable → back off, retry
+├─ UnavailableError                StorageUnavailable · StorageFull · CatalogUnavailable · RankLost → back off, retry
 ├─ AccessDeniedError (PermissionError)  credentials that storage or catalog refused
 ├─ IntegrityError                  DigestMismatch · MissingObject · CorruptDocument · NotAStore → stop, run verify
 ├─ VersionError                    SchemaOutdated · SchemaTooNew · FormatTooNew   → upgrade
@@ -100,6 +100,10 @@ class BoundsExceededError(InvalidInputError):
     """A composite's layers are further from what the model was than the caller allows. Nothing was changed."""
 
 
+class RanksDisagreeError(InvalidInputError):
+    """The ranks of a collective call were not given the same; raised on all of them. Nothing was written."""
+
+
 class ConflictError(TailorError):
     """Somebody else was faster; look at the store again and decide."""
 
@@ -130,6 +134,10 @@ class StorageFullError(UnavailableError):
 
 class CatalogUnavailableError(UnavailableError):
     """The catalog's database cannot be reached, opened or written."""
+
+
+class RankLostError(UnavailableError):
+    """Another rank did not answer in time or has died; raised on all that are left. Nothing was published."""
 
 
 class AccessDeniedError(TailorError, PermissionError):

@@ -23,7 +23,7 @@ from tailorstore.domain.names import (
 )
 from tailorstore.domain.records import Binding, GcReport, LayerVersion
 from tailorstore.domain.retention import RetentionPolicy, decide
-from tailorstore.engine.commit import check_binding
+from tailorstore.engine.publish import check_binding
 from tailorstore.storage.manifests import read_manifest, read_ref_record
 from tailorstore.storage.transport import ObjectInfo, Objects
 

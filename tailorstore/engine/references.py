@@ -6,7 +6,7 @@ from typing import Literal
 from tailorstore.domain.errors import InvalidInputError
 from tailorstore.domain.names import check_name, new_id
 from tailorstore.domain.records import Commit, RefRecord
-from tailorstore.engine.commit import check_binding
+from tailorstore.engine.publish import check_binding
 from tailorstore.engine.session import Session
 from tailorstore.storage.manifests import write_ref_record
 

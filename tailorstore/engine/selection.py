@@ -15,8 +15,7 @@ from tailorstore.domain.light import ANY_SLOT, LightSettings
 from tailorstore.domain.mask import LayerState, MaskContext
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, learning_rate, slots_of
-from tailorstore.engine.tensors.measures import Gauge, Samples
-from tailorstore.engine.tensors.memory import Tensor, name_of, nbytes
+from tailorstore.engine.tensors.memory import name_of, nbytes
 from tailorstore.storage.light import CODED_DTYPES
 
 logger = logging.getLogger("tailorstore")
@@ -27,9 +26,6 @@ STATE = "selection"
 _ENTROPY = 0.85
 """What entropy coding leaves of codes, roughly."""
 _SCALES_BITS = 0.25
-
-ReadWeights = Callable[[Composite, Iterable[str]], Iterable[tuple[str, Mapping[str, Tensor] | None]]]
-"""Reads some layers' stored parameters, one layer after the other: name → host tensor; ``None``: they are damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,6 @@ class Decision:
 
     due: Mapping[str, Fidelity]
     measures: Mapping[str, LayerMeasures]
-    samples: Samples
     importance: Importance
     number: int
     """Which commit of the branch it is, from 0."""
@@ -74,8 +69,6 @@ class Selector:
     settings: LightSettings
     steps: Callable[[], list[int]]
     """Asks the catalog for the steps of the branch's newest commits, newest first."""
-    read_weights: ReadWeights
-    gauge: Gauge = field(default_factory=Gauge)
     _importance: Importance = field(default_factory=Importance)
     _number: int = 0
     _numbers: dict[int, int] = field(default_factory=dict)
@@ -87,33 +80,50 @@ class Selector:
     _committed_at: float | None = None
     _told: bool = False
 
+    def follow(self, head: Composite | None, documents: Mapping[str, LayerDocument]) -> bool:
+        """Take up the branch where its head is, unless that is where this selector left it.
+
+        Args:
+            head: the branch's newest composite; ``None`` before its first commit.
+            documents: of its layers.
+
+        Returns:
+            Whether somebody else has written since: what layers were compared with is not what is stored any more.
+        """
+        head_id = None if head is None else head.commit.id
+        if head_id == self._head_id:
+            return False
+        state = documents[EXTRA_LAYER].content.get(STATE) if EXTRA_LAYER in documents else None
+        kept: Mapping[str, Any] = state if isinstance(state, dict) else {}
+        number = kept.get("number")
+        steps = sorted(self.steps(), reverse=True) if head is not None else []
+        self._number = number + 1 if type(number) is int else len(steps)
+        # Commits may have been dropped since: what was kept of their numbers counts more.
+        self._numbers = {step: self._number - 1 - at for at, step in enumerate(steps)} | _numbers(kept.get("numbers"))
+        self._importance = Importance(kept.get("importance"))
+        self._head_id = head_id
+        self._unchanged = _steps(kept.get("current"))
+        self._committed_at = None
+        return True
+
     def look(
         self,
         captured: Capture,
         branch: str,
         step: int,
         head: Composite | None,
-        documents: Mapping[str, LayerDocument],
+        measures: Mapping[str, LayerMeasures],
     ) -> Outlook:
-        """Measure every layer and gather what is known of it.
+        """Gather what is known of every layer; the selector follows the head already.
 
         Args:
-            captured: the live state.
+            captured: the live state; of its tensors only shapes and dtypes are looked at.
             branch: to be committed on.
             step: to be committed.
             head: the branch's newest composite; ``None`` before its first commit.
-            documents: of its layers.
-
-        A layer whose stored weights are damaged has no drift, and so counts as most urgent.
+            measures: of every layer.
         """
         self._tell_unknown_slots(captured)
-        self._follow(head, documents)
-        if head is not None:
-            unknown = [name for name in captured.layers if name in head.versions and not self.gauge.knows(name)]
-            for name, weights in self.read_weights(head, unknown):
-                if weights is not None:
-                    self.gauge.seed(name, weights)
-        measures = self.gauge.measure(captured)
         layers = {name: self._state(layer, step, head, measures[name]) for name, layer in captured.layers.items()}
         since = None if self._committed_at is None else time.monotonic() - self._committed_at
         context = MaskContext(branch, step, layers, captured.tied, self._number, since)
@@ -134,11 +144,10 @@ class Selector:
             names = ", ".join(map(repr, sorted(unknown)))
             logger.warning("light settings name slots %s; the optimizers have %s", names, ", ".join(sorted(slots)))
 
-    def decide(self, outlook: Outlook, captured: Capture, due: Mapping[str, Fidelity]) -> Decision:
+    def decide(self, outlook: Outlook, due: Mapping[str, Fidelity]) -> Decision:
         """Take what is needed of the layers that are about to be written; changes nothing yet."""
         importance = copy.copy(self._importance)
         importance.observe(outlook.context, due, outlook.learning_rate)
-        samples = self.gauge.sample(captured, due)
         step, layers = outlook.context.step, outlook.context.layers
         # What has moved will be written, and its version tells the step.
         still = [name for name in due if not outlook.measures[name].drift]
@@ -146,7 +155,7 @@ class Selector:
         since = {at for state in layers.values() for at in (state.current_step, state.base_step) if at is not None}
         numbers = {at: self._number_of(at) for at in since} | {step: self._number}
         current = known | dict.fromkeys(still, step)
-        return Decision(due, outlook.measures, samples, importance, self._number, current, numbers)
+        return Decision(due, outlook.measures, importance, self._number, current, numbers)
 
     def published(self, decision: Decision, commit: Commit, unchanged: Iterable[str]) -> None:
         """Go on from a commit that was published.
@@ -156,7 +165,6 @@ class Selector:
             commit: as published.
             unchanged: layers that were due, and found to be what is stored.
         """
-        self.gauge.keep(decision.samples)
         self._importance = decision.importance
         self._number = decision.number + 1
         self._numbers[commit.step] = decision.number
@@ -165,25 +173,6 @@ class Selector:
             self._unchanged.pop(name, None)
         self._unchanged |= dict.fromkeys(unchanged, commit.step)
         self._committed_at = time.monotonic()
-
-    def _follow(self, head: Composite | None, documents: Mapping[str, LayerDocument]) -> None:
-        """Take up the branch where its head is, unless that is where this selector left it."""
-        head_id = None if head is None else head.commit.id
-        if head_id == self._head_id:
-            return
-        state = documents[EXTRA_LAYER].content.get(STATE) if EXTRA_LAYER in documents else None
-        kept: Mapping[str, Any] = state if isinstance(state, dict) else {}
-        number = kept.get("number")
-        steps = sorted(self.steps(), reverse=True) if head is not None else []
-        self._number = number + 1 if type(number) is int else len(steps)
-        # Commits may have been dropped since: what was kept of their numbers counts more.
-        self._numbers = {step: self._number - 1 - at for at, step in enumerate(steps)} | _numbers(kept.get("numbers"))
-        self._importance = Importance(kept.get("importance"))
-        self._head_id = head_id
-        self._unchanged = _steps(kept.get("current"))
-        self._committed_at = None
-        # Somebody else has written since: what layers were compared with is not what is stored any more.
-        self.gauge.forget_all()
 
     def _state(self, layer: LayerCapture, step: int, head: Composite | None, measures: LayerMeasures) -> LayerState:
         version = head.versions.get(layer.name) if head else None

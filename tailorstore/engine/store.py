@@ -33,6 +33,7 @@ from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.observed import observations
 from tailorstore.engine.pending import PendingCommit
 from tailorstore.engine.plan import Layout, check_metrics, check_step
+from tailorstore.engine.publish import Publisher
 from tailorstore.engine.references import branch, delete_branch, delete_tag, tag
 from tailorstore.engine.session import Session
 from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike
@@ -75,16 +76,9 @@ class Store:
         self._committer = self._new_committer()
 
     def _new_committer(self) -> Committer:
-        return Committer(
-            objects=self._objects,
-            catalog=self._session.catalog,
-            binding=self._session.binding,
-            keeper=self._session.keeper,
-            layout=self._layout,
-            rule=self._rule,
-            branch=self.branch_name,
-            light=self._light,
-        )
+        session = self._session
+        publisher = Publisher(self._objects, session.catalog, session.binding, session.keeper, self.branch_name)
+        return Committer(publisher, self._layout, self._rule, self._light)
 
     @property
     def _catalog(self) -> StoreCatalog:
@@ -221,7 +215,7 @@ class Store:
         parsed = parse_ref(ref)
         lease = self._keeper.lease if self.writable else None
         composite, lease_id = self._catalog.resolve(parsed, self.branch_name, lease)
-        head, keeper, catalog = self._committer.head, self._keeper, self._catalog
+        head, keeper, catalog = self._committer.publisher.head, self._keeper, self._catalog
         if lease_id is not None:
             keeper.hold(lease_id)
         return Checkpoint(
@@ -259,11 +253,11 @@ class Store:
         Raises:
             InvalidInputError: no torch optimizers, or ``every`` is no whole number of at least 1.
         """
-        return self._committer.selector.gauge.watch(optim, every)
+        return self._committer.gauge.watch(optim, every)
 
     def observe(self, watched: Watched) -> None:
         """Measure the gradients that a module's or optimizers' parameters have now: for loops without :meth:`watch`."""
-        self._committer.selector.gauge.observe(watched)
+        self._committer.gauge.observe(watched)
 
     def stats(self) -> StoreStats:
         """Return counts and sizes, from the catalog alone."""
@@ -392,10 +386,10 @@ class Store:
                 # Its error, if it has one, is for the next commit: it may be what this call is meant to mend.
                 self._pending.wait()
             report = self._session.take_over()
-            gauge = self._committer.selector.gauge
+            gauge = self._committer.gauge
             self._committer = self._new_committer()
             # Whoever watches optimizers goes on to do so through this one.
-            self._committer.selector.gauge = gauge
+            self._committer.gauge = gauge
         return report
 
     def close(self) -> None:

@@ -1,0 +1,190 @@
+"""The two ends of a commit: announced on a branch's head, and published as its next one.
+
+The publication is one SQL transaction that compares the branch's head; everything before it can be thrown away.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
+from tailorstore.domain.records import (
+    EXTRA_LAYER,
+    Binding,
+    Commit,
+    CommitDraft,
+    CommitManifest,
+    Composite,
+    LayerDocument,
+    LayerMeasures,
+    LayerVersion,
+)
+from tailorstore.engine.leases import LeaseKeeper
+from tailorstore.engine.read import load_documents
+from tailorstore.storage.layers import SealedLayer
+from tailorstore.storage.manifests import read_binding, write_manifest
+from tailorstore.storage.transport import Objects
+
+ANNOUNCE_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A branch's newest composite with its documents, as this process last saw it."""
+
+    composite: Composite
+    documents: Mapping[str, LayerDocument]
+    base_documents: Mapping[str, LayerDocument]
+    """Of the bases of light versions."""
+
+    def base_of(self, layer: str) -> tuple[LayerVersion, LayerDocument]:
+        """Return the newest full version of a layer, and its document."""
+        version = self.composite.versions[layer]
+        if version.fidelity == "full":
+            return version, self.documents[layer]
+        return self.composite.bases[layer], self.base_documents[layer]
+
+    def layer_documents(self) -> dict[str, LayerDocument]:
+        """Return the documents of all layers but ``@extra``."""
+        return {name: document for name, document in self.documents.items() if name != EXTRA_LAYER}
+
+
+def following(head: Head | None, commit: Commit, sealed: Mapping[str, SealedLayer]) -> Head:
+    """Return the head that a commit makes of the one before and the layers that it wrote."""
+    fresh = {name: layer.version for name, layer in sealed.items()}
+    versions: dict[str, LayerVersion] = dict(head.composite.versions) if head else {}
+    versions |= fresh
+    bases = {
+        name: head.base_of(name)
+        for name, version in sorted(versions.items())
+        if version.fidelity == "light" and head is not None
+    }
+    documents = dict(head.documents) if head else {}
+    documents |= {name: layer.document for name, layer in sealed.items()}
+    composite = Composite(commit, dict(sorted(versions.items())), {name: base for name, (base, _) in bases.items()})
+    return Head(composite, documents, {name: document for name, (_, document) in bases.items()})
+
+
+@dataclass(slots=True)
+class Publisher:
+    """Announces and publishes the commits of one branch. One commit at a time."""
+
+    objects: Objects
+    catalog: StoreCatalog
+    binding: Binding
+    keeper: LeaseKeeper
+    branch: str
+    head: Head | None = None
+    """The newest that is known; looked at anew for each commit."""
+
+    def look(self) -> Head | None:
+        """Return the branch's head, reading what is not in memory; ``None`` before its first commit."""
+        commit = self.catalog.head(self.branch)
+        if commit is None:
+            return None
+        if self.head is not None and self.head.composite.commit.id == commit.id:
+            return self.head
+        composite = self.catalog.composite(commit.id)
+        known = self.head.documents if self.head else None
+        known_bases = self.head.base_documents if self.head else None
+        self.head = Head(
+            composite,
+            load_documents(self.objects, composite.versions.values(), known),
+            load_documents(self.objects, composite.bases.values(), known_bases),
+        )
+        return self.head
+
+    def announce(self, commit_id: str, step: int, head: Head | None) -> bool:
+        """Announce a commit that is to follow a head; returns whether that still is the branch's.
+
+        Raises:
+            StepOrderError, BadNameError, TagExistsError, RootTakenError, UnavailableError: nothing was announced.
+        """
+        announced = self.catalog.announce(commit_id, self.branch, step, self.keeper.lease)
+        if (announced.id if announced else None) == (head.composite.commit.id if head else None):
+            self.keeper.hold(commit_id)
+            return True
+        # Another process published between the two looks.
+        self.catalog.abandon(commit_id)
+        return False
+
+    def too_fast(self, step: int) -> HeadMovedError:
+        """Return the error for a branch that somebody else commits on all the time."""
+        msg = f"branch {self.branch!r} moves faster than step {step} can be announced; commit on your own branch"
+        return HeadMovedError(msg)
+
+    def abandon(self, commit_id: str) -> None:
+        """Give an announced commit up."""
+        self.keeper.forget(commit_id)
+        with contextlib.suppress(TailorError):
+            self.catalog.abandon(commit_id)
+
+    def publish(
+        self,
+        draft: CommitDraft,
+        head: Head | None,
+        sealed: Mapping[str, SealedLayer],
+        measures: Mapping[str, LayerMeasures],
+    ) -> Commit:
+        """Write the manifest of an announced commit, and publish it.
+
+        Args:
+            draft: the commit.
+            head: that it was announced on.
+            sealed: what it wrote, ``@extra`` included; all durable.
+            measures: by layer.
+
+        Raises:
+            HeadMovedError, LeaseExpiredError, RootTakenError: somebody else was faster; nothing is visible, and what
+                was written is swept by GC.
+            UnavailableError, AccessDeniedError: as before; after a failure of the catalog at the very end the commit
+                may have been published: ``log`` tells.
+        """
+        # From here on nothing is deleted, whatever fails: once a manifest may exist, whoever takes the root over may
+        # have found it and published the commit. What nobody published is swept by GC, the manifest first.
+        try:
+            follower = following(head, self._expected(draft, sealed), sealed)
+            composite = follower.composite
+            manifest = CommitManifest(self.binding, composite.commit, composite.versions, composite.bases, measures)
+            write_manifest(self.objects, manifest)
+            check_binding(self.objects, self.binding)
+            commit = self.catalog.publish(draft, [layer.version for layer in sealed.values()], measures)
+        except BaseException:
+            self.abandon(draft.id)
+            self.head = None
+            raise
+        self.keeper.forget(draft.id)
+        self.head = replace(follower, composite=replace(composite, commit=commit))
+        return commit
+
+    def _expected(self, draft: CommitDraft, sealed: Mapping[str, SealedLayer]) -> Commit:
+        return Commit(
+            id=draft.id,
+            step=draft.step,
+            branch=draft.branch,
+            parent=draft.parent,
+            created_at=self.catalog.now(),
+            message=draft.message,
+            metrics=draft.metrics,
+            layers_written=tuple(sorted(name for name in sealed if name != EXTRA_LAYER)),
+            bytes_written=sum(layer.version.bytes_stored for layer in sealed.values()),
+            bytes_logical=draft.bytes_logical,
+        )
+
+
+def check_binding(objects: Objects, binding: Binding) -> None:
+    """Make sure that this catalog still owns the root.
+
+    Raises:
+        RootTakenError: another catalog took it over, or its document is gone.
+    """
+    found = read_binding(objects)
+    if found != binding:
+        owner = f"catalog {found.catalog_id} (epoch {found.epoch})" if found else "no catalog"
+        msg = (
+            f"the root {objects.url} belongs to {owner} now, not to this one ({binding.catalog_id}, epoch"
+            f" {binding.epoch}): nothing was published or deleted. Open it with that catalog, or take it back with"
+            " rebuild_catalog()"
+        )
+        raise RootTakenError(msg)
