@@ -3,9 +3,14 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import tailorstore as ts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,3 +65,14 @@ def test_the_words_of_the_design_are_the_words_of_the_code() -> None:
     for line in re.findall(r"^    ([a-z_, ]+?)(?:   .*)?$", drawn[1], flags=re.MULTILINE):
         for module in line.split(", "):
             assert (ROOT / "tailorstore" / "engine" / f"{module.strip()}.py").exists(), module
+
+
+def test_the_example_for_distributed_checkpoint_runs(tmp_path: Path) -> None:
+    [example] = re.findall(r"```python dcp\n(.*?)```", README, flags=re.DOTALL)
+    state = {"model": {"weight": torch.arange(6.0)}}
+    with ts.open_store(tmp_path / "run") as store, warnings.catch_warnings():
+        # It tells that one process saves alone.
+        warnings.simplefilter("ignore", UserWarning)
+        exec(example, {"dcp": dcp, "state": state, "store": store, "step": 7})  # noqa: S102 - our own README
+        assert store.checkout().step == 7
+    assert torch.equal(state["model"]["weight"], torch.arange(6.0))

@@ -220,10 +220,10 @@ class _Bench:
         self.step += 1
         self._host.clear()
         gc.collect()
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
         self.store.commit(self.step, self.state.model, self.state.optim)
-        extra = _resident("VmHWM") - before
+        extra = resident("VmHWM") - before
         self._trim()
         return extra
 
@@ -260,7 +260,7 @@ class _Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Return a memory figure of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -1,24 +1,32 @@
 """A composite checkpoint, checked out: one catalog query, no tensor bytes until they are asked for."""
 
+import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from tailorstore.domain.condition import Bounds, CompositeWarning, LayerCondition, conditions_of, shown
-from tailorstore.domain.errors import BoundsExceededError, InvalidInputError, LayerNotFoundError
-from tailorstore.domain.names import layer_component, version_prefix
+from tailorstore.domain.errors import BoundsExceededError, InvalidInputError
+from tailorstore.domain.names import Ref, layer_component, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
-from tailorstore.engine.contents import CompositeContents, paths_in, stored_tensor
+from tailorstore.engine.contents import CompositeContents, paths_in, ranks_of, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
+from tailorstore.engine.lazy_mapping import LazyMapping
 from tailorstore.engine.light.decode import read_tensors
+from tailorstore.engine.light.sources import Source
+from tailorstore.engine.observed import observations
+from tailorstore.engine.ranks.group import Ranks
+from tailorstore.engine.ranks.together import names_elsewhere, together
+from tailorstore.engine.session import Session
 from tailorstore.engine.tensors.capture import Model, Optim, model_tensors
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import (
+    Filling,
     plan_model,
     plan_optim,
     plan_states,
@@ -32,51 +40,11 @@ if TYPE_CHECKING:
 
     from tailorstore.engine.tensors.lazy import LazyTensor
     from tailorstore.engine.tensors.memory import Tensor
+    from tailorstore.engine.tensors.shards import Sharded
+
+logger = logging.getLogger("tailorstore")
 
 Observed = Callable[[], tuple[Sequence[int], Mapping[str, LayerMeasures]]]
-
-
-class LazyMapping(Mapping[str, Any]):
-    """Names to tensors that are read when they are asked for; the names are read at the first look."""
-
-    def __init__(self, entries: Callable[[], Mapping[str, Any]], what: str) -> None:
-        """Take what gives the entries, and a word for messages."""
-        self._entries = entries
-        self._what = what
-        self._found: Mapping[str, Any] | None = None
-
-    def _all(self) -> Mapping[str, Any]:
-        if self._found is None:
-            self._found = self._entries()
-        return self._found
-
-    def forget(self) -> None:
-        """Look anew next time."""
-        self._found = None
-
-    def __getitem__(self, name: str) -> Any:  # noqa: ANN401
-        """Return one entry.
-
-        Raises:
-            LayerNotFoundError: no such name (a ``KeyError``).
-        """
-        try:
-            return self._all()[name]
-        except KeyError:
-            msg = f"{self._what} has no {name!r}"
-            raise LayerNotFoundError(msg) from None
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        """Count the names."""
-        return len(self._all())
-
-    def __repr__(self) -> str:
-        """Describe without reading."""
-        return f"<{self._what}>"
 
 
 class Checkpoint:
@@ -94,6 +62,8 @@ class Checkpoint:
         release: Callable[[], None] | None = None,
         drop: Callable[[], None] | None = None,
         observed: Observed | None = None,
+        known_bases: Mapping[str, LayerDocument] | None = None,
+        ranks: Callable[[], Ranks | None] | None = None,
     ) -> None:
         """Made by ``Store.checkout``.
 
@@ -104,10 +74,15 @@ class Checkpoint:
             release: gives the lease back.
             drop: gives it back some time; for when the checkpoint is forgotten without being closed.
             observed: asks the catalog for the steps of the branch's commits, and for what this one measured.
+            known_bases: documents of the bases of light versions that are in memory already.
+            ranks: gives the ranks that restore together, once none of them commits; ``None``: this process alone.
         """
         self._composite = composite
         self._objects = objects
-        self._contents = CompositeContents(composite, objects, known)
+        self._ranks = ranks
+        found = ranks() if ranks is not None else None
+        rank = (found.rank, found.size) if found is not None else (0, 1)
+        self._contents = CompositeContents(composite, objects, known, known_bases=known_bases, rank=rank)
         self._release = release
         self._observed = observed
         self._conditions: dict[str, LayerCondition] | None = None
@@ -124,6 +99,11 @@ class Checkpoint:
     def commit(self) -> Commit:
         """The commit that was checked out."""
         return self._composite.commit
+
+    @property
+    def contents(self) -> CompositeContents:
+        """What is stored and where: for adapters of frameworks that a model and an optimizer do not describe."""
+        return self._contents
 
     @property
     def step(self) -> int:
@@ -226,6 +206,8 @@ class Checkpoint:
     ) -> Any:  # noqa: ANN401
         """Fill a model and its optimizers in place, in parallel, and return the caller's extra state.
 
+        Of ranks that share a model all call this; each reads what it holds of it, and an error of one is raised on all.
+
         Args:
             model: module or dictionary of tensors; on any devices.
             optim: optimizer, several, or a state dict; what was passed to ``commit``. ``None``: weights only.
@@ -240,36 +222,84 @@ class Checkpoint:
             MissingObjectError, DigestMismatchError, CorruptDocumentError: an object is gone or not what was written;
                 the model and slots may be overwritten in part, so restore another step before training on.
         """
-        self._check(bounds)
+        ranks = self.ranks()
+        with together(ranks, f"restoring step {self.step}"):
+            self._check(bounds)
+            tensors, states = model_tensors(model)
+            elsewhere = names_elsewhere(ranks, [*tensors, *states])
+            filling, pairs = self._plan(model, optim, tensors, states, elsewhere, strict=strict)
+            if ranks is not None:
+                ranks.gather(None)  # nothing is changed if it does not fit on one of them
+            self.read_into(pairs)
+            for finish in filling.finish:
+                finish()
+            if rng:
+                self.restore_rng()
+            return self.extra
+
+    def ranks(self) -> Ranks | None:
+        """Return the ranks that restore together, once none of them commits; ``None``: this process alone."""
+        return self._ranks() if self._ranks is not None else None
+
+    def read_into(self, pairs: Iterable[tuple[Source, "Tensor | Sharded"]]) -> None:
+        """Fill tensors, or what this process holds of them, from stored ones of the same shapes, in parallel.
+
+        Raises:
+            MissingObjectError, DigestMismatchError, CorruptDocumentError: some tensors may be overwritten in part.
+        """
+        read_tensors(self._objects, pairs)
+
+    def restore_rng(self) -> None:
+        """Set the states of the random number generators, where the commit has them for this rank."""
+        extra, ranks = self._contents.extra_content(), self.ranks()
+        if "rng" not in extra:
+            return
+        size = ranks.size if ranks is not None else 1
+        if ranks is not None and ranks_of(extra) != size and not ranks.is_coordinator:
+            # One state for many ranks would give all of them the same dropout.
+            logger.warning(
+                "step %d was committed by %d ranks and is restored by %d: the random number generators of rank %d stay"
+                " as they are",
+                *(self.step, ranks_of(extra), size, ranks.rank),
+            )
+            return
+        set_rng_states(unpack(extra["rng"], self._contents.extra_loader()))
+
+    def _plan(
+        self,
+        model: Model,
+        optim: Optim,
+        tensors: dict[str, Any],
+        states: Mapping[str, Any],
+        elsewhere: Collection[str],
+        *,
+        strict: bool,
+    ) -> tuple[Filling, list[tuple[Source, "Tensor | Sharded"]]]:
+        """Match what is stored with what is to be filled; changes nothing."""
         documents = self._contents.documents()
         arrays, aliases = self._contents.model_arrays()
         stored = {name: stored_tensor(array) for name, array in arrays.items()}
         stored |= {name: stored[target] for name, target in aliases.items() if target in stored}
         problems: list[str] = []
-        # Once: a module may compute its extra state anew whenever it is asked.
-        tensors, states = model_tensors(model)
-        filling = plan_model(tensors, stored, problems, strict=strict)
-        pairs = [(arrays[aliases.get(name, name)], target) for name, target in filling.model.items()]
+        filling = plan_model(tensors, stored, problems, strict=strict, elsewhere=elsewhere)
+        pairs: list[tuple[Source, Tensor | Sharded]] = [
+            (arrays[aliases.get(name, name)], target) for name, target in filling.model.items()
+        ]
 
         def load(name: str, path: str) -> "Tensor":
             return self._contents.loader(name)(path)
 
-        plan_states(model, states, self._contents.states(), load, problems, filling, strict=strict)
+        packed = self._contents.states()
+        plan_states(model, states, packed, load, problems, filling, strict=strict, elsewhere=elsewhere)
         if optim is not None:
             stored_slots = self._contents.stored_optim(documents, aliases)
-            plan_optim(tensors, optim, stored_slots, problems, filling, load, strict=strict)
+            plan_optim(tensors, optim, stored_slots, problems, filling, load, strict=strict, elsewhere=elsewhere)
             pairs += [
                 (self._contents.array(self._contents.layer_of(name), path), target)
                 for name, path, target in filling.slots
             ]
         raise_mismatch(problems, f"the composite of step {self.step} on {self.commit.branch!r}")
-        extra = self._contents.extra_content()
-        read_tensors(self._objects, pairs)
-        for finish in filling.finish:
-            finish()
-        if rng and "rng" in extra:
-            set_rng_states(unpack(extra["rng"], self._contents.extra_loader()))
-        return self.extra
+        return filling, pairs
 
     def _check(self, bounds: Bounds | None) -> None:
         if bounds is not None and not isinstance(bounds, Bounds):
@@ -364,3 +394,26 @@ class Checkpoint:
     def documents(self) -> Mapping[str, LayerDocument]:
         """Return the document of every layer, ``@extra`` included; read at the first call."""
         return MappingProxyType(self._contents.documents())
+
+
+def check_out(session: Session, ref: Ref, branch: str, known: Mapping[str, LayerDocument] | None) -> Checkpoint:
+    """Return the composite of a ref; see ``Store.checkout``.
+
+    Args:
+        session: the store's.
+        ref: what was asked for.
+        branch: what ``latest`` means.
+        known: documents that are in memory already.
+    """
+    keeper, catalog = session.keeper, session.catalog
+    composite, lease_id = catalog.resolve(ref, branch, keeper.lease if session.writable else None)
+    if lease_id is not None:
+        keeper.hold(lease_id)
+    return Checkpoint(
+        composite,
+        session.objects,
+        known=known,
+        release=partial(keeper.release, lease_id) if lease_id else None,
+        drop=partial(keeper.drop, lease_id) if lease_id else None,
+        observed=partial(observations, catalog, composite.commit),
+    )

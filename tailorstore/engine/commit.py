@@ -55,6 +55,8 @@ class Request:
     extra: Any
     metrics: Mapping[str, float]
     message: str | None
+    partial: bool = False
+    """Whether layers that are not passed stay as the branch has them; else they count as gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Committer:
     layout: Layout
     rule: LayerRule
     light: LightSettings
-    gauge: Gauge = field(default_factory=Gauge)
+    gauge: Gauge
     selector: Selector = field(init=False)
     bases: BaseCache = field(default_factory=BaseCache)
     arena: HostArena = field(default_factory=HostArena)
@@ -106,10 +108,11 @@ class Committer:
             InvalidInputError: mask, step, model or extra state cannot be committed; nothing was written.
             UnavailableError: catalog or storage could not be reached; nothing was written.
         """
-        captured = capture(request.model, request.optim, self.rule)
+        live = capture(request.model, request.optim, self.rule)
+        captured = gathered_here(live)
         extra = capture_extra(captured, request.extra)
         commit_id = new_id()
-        head, decision, samples = self._announce(commit_id, request, captured)
+        head, decision, samples = self._announce(commit_id, request, captured, live)
         extra.content[STATE] = decision.state
         layers = [*(captured.layers[name] for name in decision.due), extra]
         encoded: dict[str, EncodedLayer] = {}
@@ -152,8 +155,10 @@ class Committer:
         self.selector.published(prepared.decision, commit, written.unchanged)
         return commit
 
-    def _announce(self, commit_id: str, request: Request, captured: Capture) -> tuple[Head | None, Decision, Samples]:
-        """Check the request against the head and announce it on that head."""
+    def _announce(
+        self, commit_id: str, request: Request, captured: Capture, live: Capture
+    ) -> tuple[Head | None, Decision, Samples]:
+        """Check the request against the head and announce it on that head; ``live`` is what is measured."""
         publisher = self.publisher
         for _ in range(ANNOUNCE_ATTEMPTS):
             head = publisher.look()
@@ -162,12 +167,14 @@ class Committer:
                 self.gauge.forget_all()
             if head is not None:
                 self._seed(head, captured)
-            measures = self.gauge.measure(captured)
+            measures = self.gauge.measure(live)
             outlook = self.selector.look(captured, publisher.branch, request.step, composite, measures)
-            due = due_layers(captured, request.mask, outlook.context, head=composite, documents=documents)
+            due = due_layers(
+                captured, request.mask, outlook.context, head=composite, documents=documents, partial=request.partial
+            )
             if publisher.announce(commit_id, request.step, head):
                 try:
-                    return head, self.selector.decide(outlook, due), self.gauge.sample(captured, due)
+                    return head, self.selector.decide(outlook, due), self.gauge.sample(live, due)
                 except BaseException:
                     publisher.abandon(commit_id)
                     raise
@@ -233,6 +240,21 @@ def light_plan(head: Head, layer: str, settings: LightSettings) -> LightPlan:
     stored = head.documents[layer]
     previous = stored if stored.fidelity == "light" and stored.base_id == base.version_id else None
     return LightPlan(base, document, previous, settings)
+
+
+def gathered_here(captured: Capture) -> Capture:
+    """Return a capture with plain tensors only, where this process holds all of each; makes those that must be made.
+
+    Raises:
+        InvalidInputError: other processes hold parts of a tensor.
+    """
+    layers = {name: _whole_layer(layer) if layer.held else layer for name, layer in captured.layers.items()}
+    return replace(captured, layers=layers)
+
+
+def _whole_layer(layer: LayerCapture) -> LayerCapture:
+    whole = {path: held.whole(f"array {path!r} of layer {layer.name!r}") for path, held in layer.held.items()}
+    return replace(layer, arrays={**layer.arrays, **whole}, held={})
 
 
 def discard(objects: Objects, written: Written) -> None:

@@ -16,15 +16,36 @@ from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import StoredOptim, StoredTensor
 from tailorstore.storage.transport import Objects
 
+OF_RANKS = "ranks"
+"""Key in the skeleton of ``@extra``: a list with, by rank, ``extra`` and ``rng`` if they are not the coordinator's."""
+
 
 class CompositeContents:
     """The contents of one composite, read when they are asked for. Safe to share between threads."""
 
-    def __init__(self, composite: Composite, objects: Objects, known: Mapping[str, LayerDocument] | None) -> None:
-        """Take what the catalog says, the root, and documents that are in memory already."""
+    def __init__(
+        self,
+        composite: Composite,
+        objects: Objects,
+        known: Mapping[str, LayerDocument] | None,
+        *,
+        known_bases: Mapping[str, LayerDocument] | None = None,
+        rank: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Take what the catalog says, the root, and documents that are in memory already.
+
+        Args:
+            composite: from the catalog.
+            objects: the root.
+            known: documents of layers.
+            known_bases: documents of the bases of light versions.
+            rank: number of this process among those that restore together, and how many these are.
+        """
         self._composite = composite
         self._objects = objects
         self._known = dict(known or {})
+        self._known_bases = dict(known_bases or {})
+        self._rank = rank
         self._closed = False
         self._lock = threading.Lock()
         self._documents: dict[str, LayerDocument] | None = None
@@ -47,7 +68,7 @@ class CompositeContents:
             raise ClosedError(msg)
         with self._lock:
             if self._documents is None:
-                self._bases = load_documents(self._objects, self._composite.bases.values())
+                self._bases = load_documents(self._objects, self._composite.bases.values(), self._known_bases)
                 self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
             return self._documents
 
@@ -119,13 +140,21 @@ class CompositeContents:
         )
 
     def extra_content(self) -> Mapping[str, Any]:
-        """Return the skeleton of ``@extra``."""
-        return self.documents()[EXTRA_LAYER].content if EXTRA_LAYER in self._composite.versions else {}
+        """Return the skeleton of ``@extra``, with this rank's own parts where as many ranks committed it."""
+        if EXTRA_LAYER not in self._composite.versions:
+            return {}
+        content = self.documents()[EXTRA_LAYER].content
+        rank, size = self._rank
+        return {**content, **content[OF_RANKS][rank]} if ranks_of(content) == size > 1 else content
 
     def extra_part(self, part: str, default: Any) -> Any:  # noqa: ANN401
         """Return one part of ``@extra``, unpacked; ``default`` where there is none."""
         content = self.extra_content()
         return unpack(content[part], self.extra_loader()) if part in content else default
+
+    def read(self, source: Source) -> Tensor:
+        """Read one tensor into new host memory."""
+        return read_tensor(self._objects, source)
 
     def extra_loader(self) -> Callable[[str], Tensor]:
         """Return what reads an array of ``@extra``."""
@@ -150,6 +179,10 @@ class CompositeContents:
     def elements(self, layer: str, path: str, box: Box) -> memoryview:
         """Read part of a tensor as bytes in C order."""
         return as_bytes(read_tensor(self._objects, self.array(layer, path), box).contiguous())
+
+    def part(self, layer: str, path: str, box: Box) -> Tensor:
+        """Read part of a tensor into new host memory."""
+        return read_tensor(self._objects, self.array(layer, path), box)
 
     def _lazy(self, array: Source) -> LazyTensor:
         objects = self._objects
@@ -180,6 +213,12 @@ class CompositeContents:
             scalar = scalar_from_hex(*value["$scalar"])
             return LazyTensor((), scalar.dtype, layer, self._composite.versions[layer].step, lambda _: scalar.clone())
         return unpack(value, lambda path: self._lazy(self.array(layer, path)))
+
+
+def ranks_of(content: Mapping[str, Any]) -> int:
+    """Return how many ranks made the commit of which this is the skeleton of ``@extra``."""
+    parts = content.get(OF_RANKS)
+    return len(parts) if isinstance(parts, list) else 1
 
 
 def stored_tensor(array: Source) -> StoredTensor:

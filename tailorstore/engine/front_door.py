@@ -3,18 +3,23 @@
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tailorstore.domain.errors import InvalidInputError
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.names import DEFAULT_BRANCH, LayerRule, check_name, layer_rule
 from tailorstore.domain.records import DEFAULT_LEASE
+from tailorstore.engine.commits import Commits
 from tailorstore.engine.opening import default_catalog, open_root
 from tailorstore.engine.plan import Layout
+from tailorstore.engine.ranks.joining import DEFAULT_TIMEOUT, check_setting
 from tailorstore.engine.session import Session
 from tailorstore.engine.store import Store
 from tailorstore.storage.codecs import CODECS
 from tailorstore.storage.objects import normalise_url, open_objects, printable_url
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_CHUNK_BYTES = 32 << 20
 _SMALLEST_CHUNK_BYTES = 1024
@@ -34,6 +39,8 @@ def open_store(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     lease: timedelta = DEFAULT_LEASE,
     light: LightSettings | None = None,
+    ranks: "Literal['world', 'alone'] | ProcessGroup" = "world",
+    ranks_timeout: timedelta = DEFAULT_TIMEOUT,
 ) -> Store:
     """Open the store at a URL, making it if there is none.
 
@@ -51,6 +58,10 @@ def open_store(
         chunk_bytes: largest chunk, at least 1024.
         lease: how long a commit or reader that died keeps GC away from what it held.
         light: how light versions are made, and when a layer is due in full; ``None`` for the defaults.
+        ranks: which processes commit, check out and restore together, each call on all of them: every one that
+            torch.distributed was initialised with, those of a process group, or ``"alone"``: this one for itself. Rank
+            0 of them alone talks to the catalog to commit; history can be read on any.
+        ranks_timeout: how long they wait for one that does not come.
 
     Raises:
         StoreNotFoundError: there is no store and ``create`` is false.
@@ -78,14 +89,16 @@ def open_store(
     if light is not None and not isinstance(light, LightSettings):
         msg = f"light must be LightSettings(…), not {light!r}"
         raise InvalidInputError(msg)
+    setting = check_setting(ranks, ranks_timeout)
     rule = layers if callable(layers) else layer_rule(layers)
     objects = open_objects(normalise_url(url), storage_options, transport)
     catalog_url = catalog or default_catalog(printable_url(normalise_url(url)))
     try:
-        opened = open_root(objects, catalog_url, create=create)
+        opened = None if setting.is_follower() else open_root(objects, catalog_url, create=create)
     except BaseException:
         objects.close()
         raise
     session = Session(objects, opened, catalog_url, lease)
     layout = Layout(chunk_bytes, codec)
-    return Store(session, branch=branch, rule=rule, layout=layout, light=light or LightSettings())
+    commits = Commits(session, branch=branch, rule=rule, layout=layout, light=light or LightSettings(), ranks=setting)
+    return Store(session, commits)

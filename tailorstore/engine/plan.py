@@ -104,6 +104,7 @@ def due_layers(
     *,
     head: Composite | None,
     documents: Mapping[str, LayerDocument],
+    partial: bool = False,
 ) -> dict[str, Fidelity]:
     """Return the layers to write, and how: what the mask names, and what the branch does not have as it is.
 
@@ -113,6 +114,7 @@ def due_layers(
         context: what the mask is decided upon.
         head: the branch's newest composite; ``None`` before its first commit.
         documents: of every layer of ``head``.
+        partial: layers that are not captured stay as the branch has them, and new ones may come.
 
     Raises:
         MaskError: the mask names an unknown layer, or asks for what cannot be.
@@ -122,24 +124,31 @@ def due_layers(
     if head is None:
         return dict.fromkeys(capture.layers, "full")
     stored = {name: document for name, document in documents.items() if name != EXTRA_LAYER}
-    check_same_model(capture, stored, branch=context.branch, head=head)
-    new_kinds = [name for name, layer in capture.layers.items() if _has_new_kind(layer, stored[name])]
+    if partial:
+        stored = {name: document for name, document in stored.items() if name in capture.layers}
+        known = {name: layer for name, layer in capture.layers.items() if name in stored}
+        check_same_model(known, stored, branch=context.branch, head=head)
+    else:
+        check_same_model(capture.layers, stored, branch=context.branch, head=head)
+    new_kinds = [
+        name for name, layer in capture.layers.items() if name not in stored or _has_new_kind(layer, stored[name])
+    ]
     due: dict[str, Fidelity] = {**chosen, **dict.fromkeys(new_kinds, "full")}
     return {name: due[name] for name in capture.layers if name in due}
 
 
-def check_same_model(capture: Capture, stored: Mapping[str, LayerDocument], *, branch: str, head: Composite) -> None:
+def check_same_model(
+    layers: Mapping[str, LayerCapture], stored: Mapping[str, LayerDocument], *, branch: str, head: Composite
+) -> None:
     """Compare a model's layers, tensors and shapes with those of a branch.
 
     Raises:
         ModelMismatchError: names what differs.
     """
-    problems = [f"layer {name!r} is new" for name in capture.layers if name not in stored]
-    problems += [f"layer {name!r} is gone" for name in stored if name not in capture.layers]
-    for name in [name for name in capture.layers if name in stored]:
-        now = _weight_shapes(
-            capture.layers[name].content, {path: tuple(t.shape) for path, t in capture.layers[name].arrays.items()}
-        )
+    problems = [f"layer {name!r} is new" for name in layers if name not in stored]
+    problems += [f"layer {name!r} is gone" for name in stored if name not in layers]
+    for name in [name for name in layers if name in stored]:
+        now = _weight_shapes(layers[name].content, {path: tuple(t.shape) for path, t in layers[name].arrays.items()})
         then = _weight_shapes(stored[name].content, {path: shape for path, (_, shape) in stored[name].tensors.items()})
         problems += [f"tensor {tensor!r} is new in layer {name!r}" for tensor in now if tensor not in then]
         problems += [f"tensor {tensor!r} is gone from layer {name!r}" for tensor in then if tensor not in now]

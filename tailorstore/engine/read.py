@@ -1,9 +1,10 @@
 """Reading layers: documents, tensors, parts of tensors. Every chunk is checked against its digest."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from tailorstore.domain.chunks import Box, Chunk, chunks_in, chunks_of
+from tailorstore.domain.chunks import Box, Chunk, box_of, chunks_in, meet, within
 from tailorstore.domain.names import version_prefix
 from tailorstore.domain.records import ArrayRecord, LayerDocument, LayerVersion
 from tailorstore.engine.tensors.memory import (
@@ -15,12 +16,16 @@ from tailorstore.engine.tensors.memory import (
     name_of,
     wait_for_devices,
 )
+from tailorstore.engine.tensors.shards import Part, Sharded, sharded
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import load_document, object_key, read_chunk
 from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
 COPY_BUDGET_BYTES = 160 << 20
+
+Target: TypeAlias = Tensor | Sharded
+"""What may be filled: a plain tensor, the local part of a ``DTensor``, or the parts of a tensor that are here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,84 +105,86 @@ def read_array(objects: Objects, array: StoredArray, box: Box | None = None) -> 
     Raises:
         MissingObjectError, DigestMismatchError: as ``storage.layers.read_chunk``.
     """
-    spec = array.record.spec
-    whole = tuple((0, extent) for extent in spec.shape)
-    if box is None or box == whole:
-        target = empty_host(spec.shape, spec.dtype)
-        read_arrays(objects, [(array, target)])
-        return target
-    target = empty_host(tuple(stop - start for start, stop in box), spec.dtype)
-
-    def job(chunk: Chunk) -> Job:
-        def read() -> None:
-            part = _read_part(objects, array, chunk)
-            meet = [
-                (max(start, low), min(stop, high)) for (start, stop), (low, high) in zip(chunk.box, box, strict=True)
-            ]
-            to = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(meet, box, strict=True))
-            of = tuple(slice(start - low, stop - low) for (start, stop), (low, _) in zip(meet, chunk.box, strict=True))
-            copy_into(target[to], part[of])
-
-        return read
-
-    jobs = [job(chunk) for chunk in chunks_in(box, spec.shape, spec.chunk_shape)]
-    run_jobs(jobs, min(objects.workers, len(jobs)))
+    box = box_of(array.shape) if box is None else box
+    target = empty_host(tuple(stop - start for start, stop in box), array.dtype)
+    read_arrays(objects, [(array, Sharded(array.shape, target.dtype, (Part(box, target),)))])
     return target
 
 
-def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -> None:
+def read_arrays(objects: Objects, pairs: Iterable[tuple[StoredArray, Target]]) -> None:
     """Fill tensors from arrays of the same shapes, in parallel, straight into their memory where that is possible.
 
     Raises:
         MissingObjectError, DigestMismatchError: some tensors may be overwritten wholly or in part.
     """
-    pairs = list(pairs)
-    wait_for_devices(target for _, target in pairs)
-    jobs = array_jobs(objects, pairs)
+    held = [(array, held_of(target, array.where())) for array, target in pairs]
+    wait_for_devices(part.tensor for _, target in held for part in target.parts)
+    jobs = array_jobs(objects, held)
     run_jobs(jobs, min(objects.workers, len(jobs)))
 
 
-def array_jobs(objects: Objects, pairs: Iterable[tuple[StoredArray, Tensor]]) -> list[Job]:
+def held_of(target: Target, owner: str) -> Sharded:
+    """Return what this process holds of a target.
+
+    Raises:
+        InvalidInputError: as ``engine.tensors.shards.sharded``.
+    """
+    return target if isinstance(target, Sharded) else sharded(target, owner)
+
+
+def array_jobs(objects: Objects, pairs: Iterable[tuple[StoredArray, Target]]) -> list[Job]:
     """Return the jobs that fill tensors from arrays, large chunks first; see :func:`read_arrays`.
 
-    The caller has waited for the devices that the tensors are on.
+    A chunk is read once, however many parts of its target it meets; not at all, if it meets none. The caller has
+    waited for the devices that the tensors are on.
     """
     budget = MemoryBudget(COPY_BUDGET_BYTES)
     sized: list[tuple[int, Job]] = []
     for array, target in pairs:
-        direct = is_plain(target) and name_of(target.dtype) == array.record.spec.dtype
-        memory = as_bytes(target) if direct else None
-        size = itemsize(array.record.spec.dtype)
-        for chunk in chunks_of(array.record.spec.shape, array.record.spec.chunk_shape):
-            job = (
-                _direct_job(objects, array, chunk, memory)
-                if memory is not None
-                else _copy_job(objects, array, chunk, target, budget)
-            )
-            sized.append((chunk.elements * size, job))
+        size = itemsize(array.dtype)
+        for chunk, parts in _meetings(array, held_of(target, array.where()).parts):
+            sized.append((chunk.elements * size, _job(objects, array, chunk, parts, budget)))
     sized.sort(key=lambda item: -item[0])
     return [job for _, job in sized]
 
 
-def _direct_job(objects: Objects, array: StoredArray, chunk: Chunk, memory: memoryview) -> Job:
+def _meetings(array: StoredArray, parts: Sequence[Part]) -> Iterable[tuple[Chunk, Sequence[Part]]]:
+    """Return the chunks that some parts of a tensor need, each with those parts."""
+    shape, grid = array.shape, array.record.spec.chunk_shape
+    if len(parts) == 1:
+        return ((chunk, parts) for chunk in chunks_in(parts[0].box, shape, grid))
+    found: dict[int, tuple[Chunk, list[Part]]] = {}
+    for part in parts:
+        for chunk in chunks_in(part.box, shape, grid):
+            found.setdefault(chunk.number, (chunk, []))[1].append(part)
+    return found.values()
+
+
+def _job(objects: Objects, array: StoredArray, chunk: Chunk, parts: Sequence[Part], budget: MemoryBudget) -> Job:
+    memory = _memory(array, chunk, parts[0]) if len(parts) == 1 else None
+
     def read() -> None:
-        size = itemsize(array.record.spec.dtype)
-        part = memory[chunk.offset * size : (chunk.offset + chunk.elements) * size]
-        read_chunk(objects, array.key(chunk), array.record, chunk, part, array.where)
+        if memory is not None:
+            read_chunk(objects, array.key(chunk), array.record, chunk, memory, array.where)
+            return
+        with budget.hold(chunk.capacity * itemsize(array.dtype)):
+            held = empty_host(tuple(stop - start for start, stop in chunk.box), array.dtype)
+            read_chunk(objects, array.key(chunk), array.record, chunk, as_bytes(held), array.where)
+            for part in parts:
+                shared = meet(chunk.box, part.box)
+                assert shared is not None  # noqa: S101 (the chunk is one that meets the part)
+                copy_into(part.tensor[within(shared, part.box)], held[within(shared, chunk.box)])
 
     return read
 
 
-def _copy_job(objects: Objects, array: StoredArray, chunk: Chunk, target: Tensor, budget: MemoryBudget) -> Job:
-    def read() -> None:
-        with budget.hold(chunk.capacity * itemsize(array.record.spec.dtype)):
-            part = _read_part(objects, array, chunk)
-            copy_into(target[chunk.slices] if chunk.slices else target, part)
-
-    return read
-
-
-def _read_part(objects: Objects, array: StoredArray, chunk: Chunk) -> Tensor:
-    part = empty_host(tuple(stop - start for start, stop in chunk.box), array.record.spec.dtype)
-    read_chunk(objects, array.key(chunk), array.record, chunk, as_bytes(part), array.where)
-    return part
+def _memory(array: StoredArray, chunk: Chunk, part: Part) -> memoryview | None:
+    """Return the memory that a chunk's elements are to fill, if it is one run of memory that takes them as they are."""
+    if name_of(part.tensor.dtype) != array.dtype:
+        return None
+    target = part.tensor
+    if chunk.box != part.box:
+        if meet(chunk.box, part.box) != chunk.box:
+            return None
+        target = target[within(chunk.box, part.box)]
+    return as_bytes(target) if is_plain(target) else None

@@ -1,27 +1,35 @@
 """Who owns what: a root, the catalog that answers for it, and the claims that this process has on both."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 from tailorstore.catalog.catalog import Catalog, StoreCatalog
 from tailorstore.domain.errors import ClosedError, RootTakenError
 from tailorstore.domain.records import Binding, RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
-from tailorstore.engine.opening import Opened, fingerprint, load_history, open_copy
+from tailorstore.engine.opening import Opened, fingerprint, load_history, open_copy, open_root
 from tailorstore.engine.rebuild import read_history
 from tailorstore.storage.manifests import read_binding, write_binding
 from tailorstore.storage.objects import printable_url
 from tailorstore.storage.transport import Objects
 
 
+@dataclass(frozen=True, slots=True)
+class _InUse:
+    opened: Opened
+    keeper: LeaseKeeper
+
+
 class Session:
     """An open root with its catalog. Knows whether it may write, and notices what others do to the root."""
 
-    def __init__(self, objects: Objects, opened: Opened, catalog_url: str, lease: timedelta) -> None:
+    def __init__(self, objects: Objects, opened: Opened | None, catalog_url: str, lease: timedelta) -> None:
         """Take what ``opening.open_root`` found.
 
         Args:
             objects: the root.
-            opened: with the catalog that answers for it.
+            opened: with the catalog that answers for it; ``None``: to be opened when history is first asked for, as on
+                ranks whose commits the coordinator publishes.
             catalog_url: the catalog that was asked for; the one that a take-over fills.
             lease: how long claims live that are not renewed.
         """
@@ -29,14 +37,40 @@ class Session:
         self.closed = False
         self._catalog_url = catalog_url
         self._lease = lease
-        self._use(opened)
+        self._now: _InUse | None = None
+        if opened is not None:
+            self._use(opened)
 
-    def _use(self, opened: Opened) -> None:
-        self._opened = opened
-        self.catalog: StoreCatalog = opened.store
-        self.binding: Binding = opened.binding
-        self.keeper = LeaseKeeper(self.catalog.renew, self.catalog.release, self._lease)
-        self._seen = opened.seen
+    def _use(self, opened: Opened) -> "_InUse":
+        keeper = LeaseKeeper(opened.store.renew, opened.store.release, self._lease)
+        self._now = _InUse(opened, keeper)
+        return self._now
+
+    @property
+    def _in_use(self) -> "_InUse":
+        if self._now is not None:
+            return self._now
+        self.check_open()
+        return self._use(open_root(self.objects, self._catalog_url, create=False))
+
+    @property
+    def _opened(self) -> Opened:
+        return self._in_use.opened
+
+    @property
+    def catalog(self) -> StoreCatalog:
+        """The catalog that answers for the root."""
+        return self._opened.store
+
+    @property
+    def binding(self) -> Binding:
+        """What the root says of its owner."""
+        return self._opened.binding
+
+    @property
+    def keeper(self) -> LeaseKeeper:
+        """Keeps this process's claims alive."""
+        return self._in_use.keeper
 
     @property
     def writable(self) -> bool:
@@ -51,7 +85,9 @@ class Session:
     @property
     def catalog_url(self) -> str:
         """The catalog that was asked for, without its password."""
-        return self._opened.catalog.url if self._opened.owned else printable_url(self._catalog_url)
+        if self._now is None or not self._now.opened.owned:
+            return printable_url(self._catalog_url)
+        return self._now.opened.catalog.url
 
     def check_open(self) -> None:
         """Make sure that it has not been closed.
@@ -86,7 +122,7 @@ class Session:
             Whether the catalog is another object than before.
         """
         self.check_open()
-        if self._opened.owned or fingerprint(self.objects) == self._seen:
+        if self._opened.owned or fingerprint(self.objects) == self._opened.seen:
             return False
         copy = open_copy(self.objects, read_binding(self.objects) or self.binding)
         self._leave()
@@ -129,5 +165,6 @@ class Session:
         self.objects.close()
 
     def _leave(self) -> None:
-        self.keeper.close()
-        self._opened.close()
+        if self._now is not None:
+            self._now.keeper.close()
+            self._now.opened.close()

@@ -1,18 +1,13 @@
 """The front door: a store is one catalog plus one root, and every verb starts here."""
 
-import os
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, SupportsFloat, overload
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import InvalidInputError
-from tailorstore.domain.light import LightSettings
 from tailorstore.domain.mask import Mask
-from tailorstore.domain.names import LATEST, LayerRule, parse_ref
+from tailorstore.domain.names import LATEST, parse_ref
 from tailorstore.domain.records import (
     DEFAULT_GRACE,
     Commit,
@@ -25,32 +20,22 @@ from tailorstore.domain.records import (
     VerifyReport,
 )
 from tailorstore.domain.retention import RetentionPolicy
-from tailorstore.engine.checkout import Checkpoint
-from tailorstore.engine.commit import Committer, Request
+from tailorstore.engine.checkout import Checkpoint, check_out
+from tailorstore.engine.commit import Request
+from tailorstore.engine.commits import Commits
 from tailorstore.engine.diff import diff_composites
 from tailorstore.engine.gc import Progress, collect
 from tailorstore.engine.leases import LeaseKeeper
-from tailorstore.engine.observed import observations
 from tailorstore.engine.pending import PendingCommit
-from tailorstore.engine.plan import Layout, check_metrics, check_step
-from tailorstore.engine.publish import Publisher
+from tailorstore.engine.plan import check_metrics, check_step
+from tailorstore.engine.ranks.checkout import check_out_together
+from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.references import branch, delete_branch, delete_tag, tag
 from tailorstore.engine.session import Session
 from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike
 from tailorstore.engine.tensors.gradients import Watch, Watched
 from tailorstore.engine.updates import Updates, collect_updates
 from tailorstore.engine.verify import verify
-
-_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    # A child has none of its parent's threads: a commit under way is the parent's, and so is whoever holds the lock.
-    for store in _stores:
-        store._leave_parent()  # noqa: SLF001 - the same module
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Store:
@@ -59,26 +44,15 @@ class Store:
     One process may use it from several threads; commits are carried out one at a time.
     """
 
-    def __init__(self, session: Session, *, branch: str, rule: LayerRule, layout: Layout, light: LightSettings) -> None:
+    def __init__(self, session: Session, commits: Commits) -> None:
         """Use :func:`open_store`."""
         self.url = session.objects.url
         """The root, without secrets."""
-        self.branch_name = branch
+        self.branch_name = commits.branch
         """Branch that commits go to."""
         self._session = session
         self._objects = session.objects
-        self._rule = rule
-        self._layout = layout
-        self._light = light
-        self._committing = threading.Lock()
-        self._pending: PendingCommit | None = None
-        _stores.add(self)
-        self._committer = self._new_committer()
-
-    def _new_committer(self) -> Committer:
-        session = self._session
-        publisher = Publisher(self._objects, session.catalog, session.binding, session.keeper, self.branch_name)
-        return Committer(publisher, self._layout, self._rule, self._light)
+        self._commits = commits
 
     @property
     def _catalog(self) -> StoreCatalog:
@@ -87,6 +61,17 @@ class Store:
     @property
     def _keeper(self) -> LeaseKeeper:
         return self._session.keeper
+
+    def ranks(self) -> Ranks | None:
+        """Return the ranks that commit and restore together, once none of them commits; ``None``: this one alone.
+
+        The first call is collective, as ``commit`` is.
+
+        Raises:
+            RanksDisagreeError: the root is not the same place for all.
+            RankLostError: another rank did not call.
+        """
+        return self._commits.ranks()
 
     # Writing
 
@@ -116,6 +101,7 @@ class Store:
         extra: Any = None,  # noqa: ANN401
         metrics: Mapping[str, SupportsFloat] | None = None,
         message: str | None = None,
+        partial: bool = False,
         block: Literal[True] = True,
     ) -> Commit: ...
     @overload
@@ -129,6 +115,7 @@ class Store:
         extra: Any = None,  # noqa: ANN401
         metrics: Mapping[str, SupportsFloat] | None = None,
         message: str | None = None,
+        partial: bool = False,
         block: Literal[False],
     ) -> PendingCommit: ...
     def commit(
@@ -141,6 +128,7 @@ class Store:
         extra: Any = None,
         metrics: Mapping[str, SupportsFloat] | None = None,
         message: str | None = None,
+        partial: bool = False,
         block: bool = True,
     ) -> Commit | PendingCommit:
         """Publish the layers that the mask names as of a step; everything else stays as the branch has it.
@@ -158,6 +146,8 @@ class Store:
                 loaders); handed back by ``restore``.
             metrics: name → number; NaN and infinities are kept and never count as best.
             message: for people.
+            partial: layers that are not passed stay as the branch has them, and new ones may come; else the model must
+                have the branch's layers.
             block: ``False`` returns as soon as the state is copied to host memory and goes on behind. One commit is
                 under way at a time; the next waits for it, and raises its error if nobody has seen that.
 
@@ -170,24 +160,8 @@ class Store:
         if message is not None and not isinstance(message, str):
             msg = f"message must be a string, not {type(message).__name__}"
             raise InvalidInputError(msg)
-        request = Request(check_step(step), model, optim, mask, extra, check_metrics(metrics), message)
-        with self._committing:
-            self._session.check_writable("commit")
-            self._settle()
-            prepared = self._committer.prepare(request, staged=not block)
-            if block:
-                return self._committer.carry_out(prepared)
-            committer = self._committer
-            self._pending = PendingCommit(request.step, self.branch_name, lambda: committer.carry_out(prepared))
-            return self._pending
-
-    def _settle(self) -> None:
-        pending = self._pending
-        if pending is not None:
-            # Forgotten only once it has ended: an interrupt while waiting must not let the next commit use its memory.
-            pending.wait()
-            self._pending = None
-            pending.settle()
+        request = Request(check_step(step), model, optim, mask, extra, check_metrics(metrics), message, partial)
+        return self._commits.commit(request, block=block)
 
     # History
 
@@ -211,21 +185,12 @@ class Store:
             RefNotFoundError: names no commit; the message has the nearest.
             AmbiguousRefError: could mean several; the message has them.
         """
-        self._refresh()
         parsed = parse_ref(ref)
-        lease = self._keeper.lease if self.writable else None
-        composite, lease_id = self._catalog.resolve(parsed, self.branch_name, lease)
-        head, keeper, catalog = self._committer.publisher.head, self._keeper, self._catalog
-        if lease_id is not None:
-            keeper.hold(lease_id)
-        return Checkpoint(
-            composite,
-            self._objects,
-            known=head.documents if head else None,
-            release=partial(keeper.release, lease_id) if lease_id else None,
-            drop=partial(keeper.drop, lease_id) if lease_id else None,
-            observed=partial(observations, catalog, composite.commit),
-        )
+        ranks = self._commits.ranks()
+        if ranks is not None:
+            return check_out_together(ranks, self._session, parsed, self.branch_name, self._commits)
+        self._refresh()
+        return check_out(self._session, parsed, self.branch_name, self._commits.known_documents)
 
     def show(self, ref: str | int | Commit = LATEST) -> Commit:
         """Return the commit of a ref; raises as :meth:`checkout` does."""
@@ -253,11 +218,11 @@ class Store:
         Raises:
             InvalidInputError: no torch optimizers, or ``every`` is no whole number of at least 1.
         """
-        return self._committer.gauge.watch(optim, every)
+        return self._commits.gauge.watch(optim, every)
 
     def observe(self, watched: Watched) -> None:
         """Measure the gradients that a module's or optimizers' parameters have now: for loops without :meth:`watch`."""
-        self._committer.gauge.observe(watched)
+        self._commits.gauge.observe(watched)
 
     def stats(self) -> StoreStats:
         """Return counts and sizes, from the catalog alone."""
@@ -313,7 +278,7 @@ class Store:
 
     def _point_at(self, ref: str | int | Commit, verb: str, point: Callable[[Commit], None]) -> Commit:
         self._session.check_writable(verb)
-        self._finish_commit()
+        self._commits.finish()
         commit = self.show(ref)
         point(commit)
         return commit
@@ -381,16 +346,7 @@ class Store:
             UnavailableError, AccessDeniedError: root or catalog cannot be read or written; the owner stays.
         """
         self._session.check_open()
-        with self._committing:
-            if self._pending is not None:
-                # Its error, if it has one, is for the next commit: it may be what this call is meant to mend.
-                self._pending.wait()
-            report = self._session.take_over()
-            gauge = self._committer.gauge
-            self._committer = self._new_committer()
-            # Whoever watches optimizers goes on to do so through this one.
-            self._committer.gauge = gauge
-        return report
+        return self._commits.between(self._session.take_over)
 
     def close(self) -> None:
         """Wait for a commit under way, give leases back and close connections. Closing twice is fine.
@@ -400,12 +356,7 @@ class Store:
         """
         if self._session.closed:
             return
-        with self._committing:
-            try:
-                self._settle()
-            finally:
-                self._committer.close()
-                self._session.close()
+        self._commits.close()
 
     def __enter__(self) -> "Store":
         """Return the store itself."""
@@ -421,20 +372,9 @@ class Store:
 
     def _refresh(self) -> None:
         # What this store has begun to commit is part of what it shows; an error is for `commit`, `result` and `close`.
-        pending = self._pending
-        if pending is not None:
-            pending.wait()
+        self._commits.wait()
         if self._session.refresh():
-            self._committer = self._new_committer()
-
-    def _leave_parent(self) -> None:
-        self._committing = threading.Lock()
-        self._pending = None
-
-    def _finish_commit(self) -> None:
-        """Wait for a commit under way, so that a ref can mean it; raise its error if nobody has seen that yet."""
-        with self._committing:
-            self._settle()
+            self._commits.start_anew()
 
 
 def _check_limit(limit: int | None) -> int | None:

@@ -25,7 +25,7 @@ from tailorstore.storage.transport import (
     Observe,
     check_key,
     check_prefix,
-    flat_bytes,
+    joined,
     wrong_size,
 )
 from tailorstore.storage.urls import printable_url, split_url
@@ -109,9 +109,9 @@ class CloudObjects:
     # Memoryviews are handed over as they are; the request's body is a view of the tensor's own memory.
     copies_on_put = 0
 
-    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+    def put(self, key: str, data: "Buffer | Sequence[memoryview]", observe: Observe | None = None) -> int:
         """Put in one request; see :meth:`Objects.put`."""
-        view = flat_bytes(data)
+        view = joined(data)
         path = self._path(key)
         if observe is not None:
             observe(view)

@@ -28,7 +28,7 @@ from tailorstore.storage.transport import (
     Observe,
     check_key,
     check_prefix,
-    flat_bytes,
+    flat_parts,
     wrong_size,
 )
 from tailorstore.storage.urls import check_package, printable_url, split_url
@@ -118,17 +118,18 @@ class FilesystemObjects:
         """Name the root."""
         return f"FilesystemObjects({self.url!r})"
 
-    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+    def put(self, key: str, data: "Buffer | Sequence[memoryview]", observe: Observe | None = None) -> int:
         """Write the file in one go; see :meth:`Objects.put`."""
-        view = flat_bytes(data)
+        parts = flat_parts(data)
         path = self._path(key)
         if observe is not None:
-            observe(view)
+            for part in parts:
+                observe(part)
         # A copy: most filesystems take nothing but bytes.
-        content = view.tobytes()
+        content = b"".join(parts)
         self._call("writing", key, lambda: self._pipe(path, content))
         self._bucket_seen = True
-        return view.nbytes
+        return len(content)
 
     def get(self, key: str) -> memoryview:
         """Read the file whole; see :meth:`Objects.get`."""

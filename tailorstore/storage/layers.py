@@ -7,7 +7,7 @@ one that the document means.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.documents import array_document, chunk_key, group_document, groups_above
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.light import table_from_json, table_to_json
-from tailorstore.storage.transport import Objects
+from tailorstore.storage.transport import Objects, flat_parts, joined
 
 FORMAT = 1
 GROUP_DOCUMENT = "zarr.json"
@@ -64,9 +64,12 @@ def layer_digest(document: LayerDocument) -> str:
     return "xxh3-128:" + Hasher(canonical_json(described)).hexdigest()
 
 
-def chunk_digest(data: memoryview) -> str:
-    """Return the digest of a chunk's elements."""
-    return Hasher(data).hexdigest()
+def chunk_digest(data: memoryview | Sequence[memoryview]) -> str:
+    """Return the digest of a chunk's elements, in one piece or in several that follow each other."""
+    hasher = Hasher()
+    for part in flat_parts(data):
+        hasher.update(part)
+    return hasher.hexdigest()
 
 
 def object_key(prefix: str, path: str, spec: ArraySpec, chunk: Chunk) -> str:
@@ -75,7 +78,12 @@ def object_key(prefix: str, path: str, spec: ArraySpec, chunk: Chunk) -> str:
 
 
 def write_chunk(
-    objects: Objects, key: str, spec: ArraySpec, chunk: Chunk, data: memoryview, digest: str | None = None
+    objects: Objects,
+    key: str,
+    spec: ArraySpec,
+    chunk: Chunk,
+    data: memoryview | Sequence[memoryview],
+    digest: str | None = None,
 ) -> StoredChunk:
     """Write one chunk and return its digest and size.
 
@@ -84,7 +92,7 @@ def write_chunk(
         key: from :func:`object_key`.
         spec: layout of the array.
         chunk: which chunk.
-        data: its elements in C order, padding left out.
+        data: its elements in C order, padding left out; in one piece, or in several that follow each other.
         digest: the elements' digest where it is known already; else it is taken as the bytes pass.
 
     Raises:
@@ -95,8 +103,9 @@ def write_chunk(
         hasher = Hasher() if digest is None else None
         size = objects.put(key, data, hasher.update if hasher else None)
         return StoredChunk(digest or hasher.hexdigest(), size)  # type: ignore[union-attr]
-    digest = digest or chunk_digest(data)
-    padded = memoryview(b"".join((data, bytes(padding)))) if padding else data
+    whole = joined(data)
+    digest = digest or chunk_digest(whole)
+    padded = memoryview(b"".join((whole, bytes(padding)))) if padding else whole
     encoded = codecs.encode(spec.codec, itemsize(spec.dtype), padded)
     return StoredChunk(digest, objects.put(key, encoded))
 
@@ -175,7 +184,7 @@ def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
     documents |= {f"{path}/{GROUP_DOCUMENT}": array_document(spec) for path, spec in specs.items()}
     document = replace(document, documents={key: chunk_digest(memoryview(data)) for key, data in documents.items()})
     digest = layer_digest(document)
-    documents[GROUP_DOCUMENT] = sealed(group_document({ATTRIBUTE: _to_json(document, digest)}, specs))
+    documents[GROUP_DOCUMENT] = sealed(group_document({ATTRIBUTE: document_to_json(document, digest)}, specs))
     stored = sum(objects.put(prefix + key, data) for key, data in documents.items())
     chunk_keys = [
         object_key(prefix, path, record.spec, chunk)
@@ -250,28 +259,38 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
         if not is_whole(data):
             msg = f"document {key} is not what was written (its checksum differs); run 'tailorstore verify'"
             raise CorruptDocumentError(msg)
-        arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
-        content = described["content"]
-        if not isinstance(content, dict):
-            raise TypeError(key)
-        return LayerDocument(
-            layer=described["layer"],
-            version_id=described["version"],
-            step=described["step"],
-            content=content,
-            arrays=arrays,
-            fidelity=described["fidelity"],
-            base_id=described["base"],
-            documents={_text(key): _text(found) for key, found in described["documents"].items()},
-            light=None if described["light"] is None else table_from_json(described["light"], arrays),
-            error=described["error"],
-        )
+        return document_from_json(described)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
         raise CorruptDocumentError(msg) from error
 
 
-def _to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
+def document_from_json(described: Mapping[str, Any]) -> LayerDocument:
+    """Return the document that :func:`document_to_json` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not valid.
+    """
+    arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
+    content = described["content"]
+    if not isinstance(content, dict):
+        raise TypeError(described["layer"])
+    return LayerDocument(
+        layer=described["layer"],
+        version_id=described["version"],
+        step=described["step"],
+        content=content,
+        arrays=arrays,
+        fidelity=described["fidelity"],
+        base_id=described["base"],
+        documents={_text(key): _text(found) for key, found in described["documents"].items()},
+        light=None if described["light"] is None else table_from_json(described["light"], arrays),
+        error=described["error"],
+    )
+
+
+def document_to_json(document: LayerDocument, digest: str) -> dict[str, Any]:
+    """Return a document as JSON data; ``digest`` is that of the layer."""
     return {
         # First, where no text of a user's can stand before it.
         CHECKSUM: BLANK,

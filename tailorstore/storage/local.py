@@ -20,6 +20,7 @@ from tailorstore.storage.transport import (
     check_key,
     check_prefix,
     flat_bytes,
+    flat_parts,
     wrong_size,
 )
 
@@ -75,14 +76,14 @@ class LocalObjects:
         """Name the root."""
         return f"LocalObjects({self._root!r})"
 
-    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+    def put(self, key: str, data: "Buffer | Sequence[memoryview]", observe: Observe | None = None) -> int:
         """Write a new file; see :meth:`Objects.put`."""
-        view = flat_bytes(data)
+        parts = flat_parts(data)
         try:
-            self._write_new(self._path(key), view, observe)
+            self._write_new(self._path(key), parts, observe)
         except OSError as error:
             failures.raise_os_error(error, "writing", self.url, key)
-        return view.nbytes
+        return sum(part.nbytes for part in parts)
 
     def get(self, key: str) -> memoryview:
         """Read a file; see :meth:`Objects.get`."""
@@ -119,7 +120,7 @@ class LocalObjects:
         path = self._path(key)
         beside = f"{path}.{token_hex(8)}.new"
         try:
-            self._write_new(beside, flat_bytes(data), None)
+            self._write_new(beside, [flat_bytes(data)], None)
             try:
                 _fsync(beside)
                 if exclusive:
@@ -222,11 +223,12 @@ class LocalObjects:
             done += count
         return done
 
-    def _write_new(self, path: str, view: memoryview, observe: Observe | None) -> None:
+    def _write_new(self, path: str, parts: Sequence[memoryview], observe: Observe | None) -> None:
         descriptor = self._create(path)
         try:
             try:
-                _write_all(descriptor, view, observe)
+                for part in parts:
+                    _write_all(descriptor, part, observe)
             finally:
                 os.close(descriptor)
         except BaseException:

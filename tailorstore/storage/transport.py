@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from tailorstore.domain.errors import InvalidInputError, MissingObjectError
 
@@ -64,8 +64,10 @@ class Objects(Protocol):
         """How many copies of an object's bytes a put makes: memory that a commit must reckon with."""
         ...
 
-    def put(self, key: str, data: "Buffer", observe: Observe | None = None) -> int:
+    def put(self, key: str, data: "Buffer | Sequence[memoryview]", observe: Observe | None = None) -> int:
         """Store a new object and return its size; when it returns, storage has accepted every byte.
+
+        Several buffers are stored one behind the other.
 
         The caller gives a fresh key: whether an object that is there already is refused depends on the transport.
 
@@ -188,6 +190,19 @@ def flat_bytes(data: "Buffer") -> memoryview:
         msg = "only buffers that are contiguous in C order can be stored"
         raise InvalidInputError(msg)
     return view.cast("B")
+
+
+def flat_parts(data: "Buffer | Sequence[memoryview]") -> Sequence[memoryview]:
+    """Return one buffer or several as flat bytes without copying; raises as :func:`flat_bytes` does."""
+    if isinstance(data, list | tuple):
+        return [flat_bytes(part) for part in data]
+    return [flat_bytes(cast("Buffer", data))]
+
+
+def joined(data: "Buffer | Sequence[memoryview]") -> memoryview:
+    """Return one buffer, or several copied into one; raises as :func:`flat_bytes` does."""
+    parts = flat_parts(data)
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
 def wrong_size(root: str, key: str, found: int, expected: int) -> MissingObjectError:

@@ -12,13 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tailorstore.bench import local, remote, selection
+from tailorstore.bench import local, ranks, remote, selection, spread
 from tailorstore.bench.report import Row, machine, show
 from tests.bench import catalog_scale
 from tests.kit.postgres import run_postgres
 from tests.kit.s3 import run_s3
 
-PARTS = ("local", "selection", "s3", "catalog")
+PARTS = ("local", "selection", "ranks", "scale", "s3", "catalog")
 CATALOG_TARGETS_MS = {"resolve": 10.0, "log": 10.0, "publish": 50.0}
 
 
@@ -73,6 +73,12 @@ def main() -> None:
             tables[part] = selection.measure(
                 local.default_folder(), gigabytes=options.gigabytes, repeat=options.repeat, say=say
             )
+        elif part == "ranks":
+            tables[part] = ranks.measure(
+                local.default_folder(), gigabytes=options.gigabytes, repeat=options.repeat, say=say
+            )
+        elif part == "scale":
+            tables[part] = spread.rows(say=say)
         elif part == "s3":
             tables[part] = s3(options.s3_gigabytes, options.repeat)
         else:

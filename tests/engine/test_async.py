@@ -161,10 +161,10 @@ def test_a_program_that_ends_says_that_its_last_commit_failed(tmp_path: Path) ->
 def test_staging_memory_is_reused(store: ts.Store) -> None:
     model = gpt()
     store.commit(1, model, block=False).result(60)
-    block = store._committer.arena._block.data_ptr()
+    block = store._commits._committer_of(None).arena._block.data_ptr()
     nudge(model)
     store.commit(2, model, mask=["lm_head"], block=False).result(60)
-    assert store._committer.arena._block.data_ptr() == block
+    assert store._commits._committer_of(None).arena._block.data_ptr() == block
 
 
 def test_the_arena_copies_every_bit_of_any_layout() -> None:

@@ -209,19 +209,19 @@ def test_bytes_do_not_depend_on_what_is_in_memory(tmp_path: Path, way: str) -> N
         seen = []
         store = open_small(tmp_path / name)
         if name == "no cache":
-            store._committer.bases = BaseCache(limit_bytes=0)
+            store._commits._committer_of(None).bases = BaseCache(limit_bytes=0)
         if name == "small cache":
-            store._committer.bases = BaseCache(limit_bytes=3 * 24 * 40 * 4)
+            store._commits._committer_of(None).bases = BaseCache(limit_bytes=3 * 24 * 40 * 4)
         for step, mask in enumerate(masks):
             run.advance()
             if name == "restarted":
                 store.close()
                 store = open_small(tmp_path / name)
             if name == "cleared":
-                store._committer.bases.clear()
+                store._commits._committer_of(None).bases.clear()
             run.commit(store, step, mask)
             if name == "no cache":
-                assert store._committer.bases.size_bytes == 0
+                assert store._commits._committer_of(None).bases.size_bytes == 0
             seen.append(contents(store))
         store.close()
         found.append(seen)

@@ -237,7 +237,10 @@ class LayerEncoder:
             sizes[array] += part.size
             return at
 
-        for path, coded in sorted(self._coded.items(), key=lambda item: (item[1].tensor.coding, item[1].tensor.bits)):
+        # By name within that, so that equal state gives equal bytes whoever codes it.
+        for path, coded in sorted(
+            self._coded.items(), key=lambda item: (item[1].tensor.coding, item[1].tensor.bits, item[0])
+        ):
             tensor = coded.tensor
             if tensor.coding == "exact":
                 live = self._capture.arrays[path]

@@ -14,11 +14,13 @@ from tailorstore.domain.names import LayerRule, escape
 from tailorstore.domain.records import EXTRA_LAYER
 from tailorstore.engine.tensors.memory import check_storable, nbytes
 from tailorstore.engine.tensors.packing import Arrays, Packer, unpack
+from tailorstore.engine.tensors.shards import Layouts, Sharded, is_distributed
 
 OPTIM_FOLDER = "@optim/"
 STATE_FOLDER = "@state/"
 
-Model = torch.nn.Module | Mapping[str, torch.Tensor]
+Tensorlike = torch.Tensor | Sharded
+Model = torch.nn.Module | Mapping[str, torch.Tensor] | Mapping[str, Tensorlike]
 OptimizerLike = torch.optim.Optimizer | Mapping[str, Any]
 Optim = None | OptimizerLike | Sequence[OptimizerLike]
 
@@ -31,7 +33,9 @@ class LayerCapture:
     content: dict[str, Any]
     """Skeleton: ``params``, ``buffers``, ``states``, ``optim`` (parameter → slot → value) and ``aliases``."""
     arrays: Arrays
-    """Array path → live tensor."""
+    """Array path → live tensor; a stand-in on the meta device for what is in ``held``."""
+    held: Mapping[str, Sharded] = field(default_factory=dict)
+    """Array path → what this process holds of a tensor that several hold together."""
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +99,7 @@ def unwrap(model: Model) -> Model:
     return model
 
 
-def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def model_tensors(model: Model) -> tuple[dict[str, Tensorlike], dict[str, Any]]:
     """Return a model's tensors by full name, and what else its state dict holds (``get_extra_state``).
 
     Names inside compiled submodules lose their ``_orig_mod`` parts, so that compiling never changes a layer's name.
@@ -111,7 +115,7 @@ def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     else:
         msg = f"model must be a torch.nn.Module or a dictionary of tensors, not {type(model).__name__}"
         raise InvalidInputError(msg)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensorlike] = {}
     states: dict[str, Any] = {}
     for name, value in entries.items():
         if not isinstance(name, str):
@@ -121,7 +125,9 @@ def model_tensors(model: Model) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         if clean in tensors or clean in states:
             msg = f"two tensors of the model are named {clean!r} once 'torch.compile' is taken out of their names"
             raise InvalidInputError(msg)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Sharded):
+            tensors[clean] = value
+        elif isinstance(value, torch.Tensor):
             check_storable(value, clean)
             tensors[clean] = value
         elif isinstance(model, torch.nn.Module):
@@ -140,22 +146,14 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def find_aliases(tensors: Mapping[str, Tensorlike]) -> dict[str, str]:
     """Return name → the first name that shares exactly its memory (tied parameters)."""
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:
+        key = _identity(tensor)
+        if key is None:
             continue
-        key = (
-            tensor.device,
-            tensor.dtype,
-            tensor.data_ptr(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.is_conj(),
-            tensor.is_neg(),
-        )
         if key in first:
             aliases[name] = first[key]
         else:
@@ -163,9 +161,27 @@ def find_aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return aliases
 
 
-def is_parameter(tensor: torch.Tensor) -> bool:
+def _identity(tensor: Tensorlike) -> tuple[Any, ...] | None:
+    """Return what two names of one memory have in common; ``None`` where there is no memory to share."""
+    if isinstance(tensor, Sharded) or is_distributed(tensor):
+        # A rank may hold no element of it: memory tells nothing there, and all ranks must find the same.
+        return (id(tensor),)
+    if tensor.numel() == 0:
+        return None
+    return (
+        tensor.device,
+        tensor.dtype,
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def is_parameter(tensor: Tensorlike) -> bool:
     """Whether a tensor is a module's parameter rather than a buffer."""
-    return isinstance(tensor, torch.nn.Parameter)
+    return tensor.trained if isinstance(tensor, Sharded) else isinstance(tensor, torch.nn.Parameter)
 
 
 def optimizers_of(optim: Optim) -> list[OptimizerLike]:
@@ -241,7 +257,7 @@ class _NamedState:
 
 
 def _named_state(
-    optimizer: OptimizerLike, names: Mapping[int, str], tensors: Mapping[str, torch.Tensor], number: int
+    optimizer: OptimizerLike, names: Mapping[int, str], tensors: Mapping[str, Tensorlike], number: int
 ) -> _NamedState:
     if isinstance(optimizer, torch.optim.Optimizer):
         groups = []
@@ -285,9 +301,13 @@ class _Sorter:
         self._rule = rule
         self._contents: dict[str, dict[str, Any]] = {}
         self._packers: dict[str, Packer] = {}
+        self._known: Layouts = {}
 
     def layers(self) -> dict[str, LayerCapture]:
-        return {name: LayerCapture(name, self._contents[name], self._packers[name].arrays) for name in self._contents}
+        return {
+            name: LayerCapture(name, content, self._packers[name].arrays, self._packers[name].held)
+            for name, content in self._contents.items()
+        }
 
     def _layer(self, tensor_name: str) -> tuple[dict[str, Any], Packer]:
         layer = self._rule(tensor_name)
@@ -300,9 +320,11 @@ class _Sorter:
             )
             raise InvalidInputError(msg)
         empty: dict[str, Any] = {"params": {}, "buffers": {}, "states": {}, "optim": {}, "aliases": {}}
-        return self._contents.setdefault(layer, empty), self._packers.setdefault(layer, Packer())
+        return self._contents.setdefault(layer, empty), self._packers.setdefault(
+            layer, Packer(spread=True, known=self._known)
+        )
 
-    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+    def add_tensor(self, name: str, tensor: Tensorlike) -> None:
         content, packer = self._layer(name)
         kind = "params" if is_parameter(tensor) else "buffers"
         content[kind][name] = packer.pack(tensor, name, array_path=escape(name))
@@ -321,7 +343,7 @@ class _Sorter:
             msg = f"parameter {name!r} has state in two optimizers (the second is number {number}); each may have one"
             raise InvalidInputError(msg)
         content["optim"][name] = {
-            _slot_name(slot, name): _pack_slot(packer, name, slot, value) for slot, value in slots.items()
+            _slot_name(slot, name): _pack_slot(packer, name, slot, value, self._known) for slot, value in slots.items()
         }
 
 
@@ -332,12 +354,13 @@ def _slot_name(slot: object, name: str) -> str:
     return slot
 
 
-def _pack_slot(packer: Packer, name: str, slot: str, value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, torch.Tensor) and value.dim() > 0:
+def _pack_slot(packer: Packer, name: str, slot: str, value: Any, known: Layouts) -> Any:  # noqa: ANN401
+    if isinstance(value, Sharded) or (isinstance(value, torch.Tensor) and value.dim() > 0):
         return packer.pack(value, f"{slot} of {name}", array_path=f"{OPTIM_FOLDER}{escape(slot)}/{escape(name)}")
-    nested = Packer(f"{OPTIM_FOLDER}{escape(slot)}/")
+    nested = Packer(f"{OPTIM_FOLDER}{escape(slot)}/", spread=True, known=known)
     packed = nested.pack(value, name)
     packer.arrays.update(nested.arrays)
+    packer.held.update(nested.held)
     return packed
 
 

@@ -1,4 +1,7 @@
-"""Norms of gradients, averaged between commits without ever waiting for a device."""
+"""Norms of gradients, averaged between commits without ever waiting for a device or for another process.
+
+Of a ``DTensor`` the norm is that of the part which is here.
+"""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +13,7 @@ import torch
 from tailorstore.domain.errors import InvalidInputError
 from tailorstore.engine.tensors.capture import OptimizerLike, optimizers_of
 from tailorstore.engine.tensors.sampling import reals, wide
+from tailorstore.engine.tensors.shards import is_distributed, local_of
 
 Watched = torch.nn.Module | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -33,7 +37,7 @@ class Watch:
 
 
 @dataclass(slots=True)
-class Tally:
+class Observed:
     """Sums of squared gradient norms of some parameters on one device."""
 
     params: tuple[weakref.ref[torch.Tensor], ...]
@@ -50,7 +54,7 @@ class Gradients:
     Whoever observes and whoever closes stretches is one thread; :meth:`drop` may be called from another.
     """
 
-    _stretches: dict[int, dict[tuple[int, ...], Tally]] = field(default_factory=lambda: {0: {}})
+    _stretches: dict[int, dict[tuple[int, ...], Observed]] = field(default_factory=lambda: {0: {}})
     _current: int = 0
 
     def watch(self, optim: OptimizerLike | Sequence[OptimizerLike], every: int) -> Watch:
@@ -91,21 +95,23 @@ class Gradients:
     def observe(self, watched: Watched) -> None:
         """Add the gradients that the parameters of a model or of optimizers have at this moment.
 
+        Of a ``DTensor`` the part that is here; of one that is held otherwise than its parameter, nothing.
+
         Raises:
             InvalidInputError: it is neither a module nor torch optimizers.
         """
         stretch = self._stretches[self._current]
         for params, scale in _parameters(watched):
-            for device, members in _by_device(params).items():
+            for device, members in _by_device(filter(_has_norm, params)).items():
                 # The parameters are alive here, so that their ids are theirs.
                 key = tuple(map(id, members))
                 if key not in stretch:
                     sums = torch.zeros(len(members), dtype=wide(device), device=device)
-                    stretch[key] = Tally(tuple(weakref.ref(param) for param in members), sums)
-                tally = stretch[key]
+                    stretch[key] = Observed(tuple(weakref.ref(param) for param in members), sums)
+                observed = stretch[key]
                 squares = _squared_norms(members, device)
-                tally.sums += squares if scale is None else squares / scale.to(squares) ** 2
-                tally.count += 1
+                observed.sums += squares if scale is None else squares / scale.to(squares) ** 2
+                observed.count += 1
 
     def close(self) -> int:
         """End a stretch, begin the next, and return the number of the one that ended."""
@@ -119,19 +125,19 @@ class Gradients:
         for number in [number for number in list(self._stretches) if number <= upto]:
             self._stretches.pop(number, None)
 
-    def tallies(self) -> list[Tally]:
+    def observed(self) -> list[Observed]:
         """Return what was observed since the last commit; sums are on their devices."""
-        return [tally for stretch in list(self._stretches.values()) for tally in list(stretch.values())]
+        return [one for stretch in list(self._stretches.values()) for one in list(stretch.values())]
 
 
-def mean_squares(tallies: Iterable[Tally], sums: Iterable[Sequence[float]]) -> Mapping[int, float]:
-    """Return the mean squared norm by id of the parameter, from the tallies and their sums on the host."""
+def mean_squares(observed: Iterable[Observed], sums: Iterable[Sequence[float]]) -> Mapping[int, float]:
+    """Return the mean squared norm by id of the parameter, from what was observed and its sums on the host."""
     totals: dict[int, tuple[float, int]] = {}
-    for tally, values in zip(tallies, sums, strict=True):
-        for ref, value in zip(tally.params, values, strict=True):
+    for one, values in zip(observed, sums, strict=True):
+        for ref, value in zip(one.params, values, strict=True):
             if (param := ref()) is not None:
                 total, count = totals.get(id(param), (0.0, 0))
-                totals[id(param)] = total + value, count + tally.count
+                totals[id(param)] = total + value, count + one.count
     return {key: total / count for key, (total, count) in totals.items()}
 
 
@@ -157,6 +163,12 @@ def _by_device(params: Iterable[torch.Tensor]) -> dict[torch.device, list[torch.
     return found
 
 
+def _has_norm(param: torch.Tensor) -> bool:
+    """Whether this process can tell its share of a gradient's norm: not with sums pending, or held otherwise."""
+    grad = param.grad
+    return not is_distributed(grad) or (is_distributed(param) and grad.placements == param.placements)
+
+
 def _squared_norms(params: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Return the squared norm of each parameter's gradient, 0 where there is none, of shape (parameters,)."""
     squares = torch.zeros(len(params), dtype=wide(device), device=device)
@@ -172,5 +184,6 @@ def _squared_norms(params: Sequence[torch.Tensor], device: torch.device) -> torc
 
 
 def _elements(grad: torch.Tensor) -> torch.Tensor:
-    """Return a gradient's elements as real numbers; of a sparse one, those that it has."""
-    return reals(grad.coalesce().values() if grad.is_sparse else grad)
+    """Return the elements of a gradient that are here as real numbers; of a sparse one, those that it has."""
+    here = local_of(grad)
+    return reals(here.coalesce().values() if here.is_sparse else here)

@@ -1,11 +1,11 @@
 """How layers move: measured on the tensors' own device, from a sample of their elements, just before a commit.
 
 The sample of a layer's weights is kept from its own last saved version, never a second copy of them. What is summed is
-summed as weight of the sample × value, which estimates the sum over all elements without bias.
+summed as weight of the sample × value, which estimates the sum over all elements without bias. Where several processes
+hold a tensor together, each samples the parts that it holds, and their sums add up.
 """
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,18 +14,20 @@ import torch
 from tailorstore.domain.records import LayerMeasures
 from tailorstore.engine.tensors.capture import Capture, OptimizerLike
 from tailorstore.engine.tensors.gradients import Gradients, Watch, Watched, mean_squares
-from tailorstore.engine.tensors.motion import STEPS, Values, gathered
+from tailorstore.engine.tensors.motion import IDLE, STEPS, Values, gathered
 from tailorstore.engine.tensors.parameters import (
     Parameter,
+    active_owners,
     batches,
-    buffer_layers,
     measurable,
-    parameter,
     parameters_of,
+    parts_of,
     runs,
     weights_by_layer,
 )
 from tailorstore.engine.tensors.sampling import Coordinates, coordinates, joined, name_key, take, wide
+from tailorstore.engine.tensors.shards import Sharded, sharded
+from tailorstore.engine.tensors.tallies import LayerTally, Sums, added, figures
 
 logger = logging.getLogger("tailorstore")
 
@@ -39,10 +41,10 @@ _told: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The sample of one parameter's weights."""
+    """The sample of the weights of one parameter, or of one part of it."""
 
     elements: int
-    """Of the parameter, as real numbers."""
+    """Of all that is sampled, as real numbers."""
     values: torch.Tensor
     """In the parameter's own dtype and on its device, of shape (samples,)."""
 
@@ -76,11 +78,19 @@ class Gauge:
         kept = [sample.values for params in list(self._kept.values()) for sample in params.values()]
         return sum(values.numel() * values.element_size() for values in kept)
 
-    @torch.no_grad()
     def measure(self, captured: Capture) -> dict[str, LayerMeasures]:
         """Return how every layer moves, by name, in the model's order; what cannot be told is ``None``.
 
         Baselines stay as they are. Each device is waited for once, for a transfer of a few numbers per layer.
+        """
+        return figures([self.tally(captured)])
+
+    @torch.no_grad()
+    def tally(self, captured: Capture) -> dict[str, LayerTally]:
+        """Return what every layer of a capture adds up to here, for :func:`figures` to put together with other ranks'.
+
+        Of tensors that several ranks hold, the parts that are here are looked at. Of replicas one rank speaks: the
+        capture has none for which others do.
         """
         parameters = parameters_of(captured)
         layers: dict[str, list[Parameter]] = {name: [] for name in captured.layers}
@@ -88,23 +98,20 @@ class Gauge:
             layers[one.layer].append(one)
         based = {name for name, members in layers.items() if members and all(map(self._baseline, members))}
         dealt = list(batches(parameters, _batch_size(parameters)))
-        tallies = self._gradients.tallies()
+        observed = self._gradients.observed()
         summed = _summed(parameters)
-        measured = [*(self._sums(batch) for batch in dealt), *(tally.sums for tally in tallies)]
+        measured = [*(self._sums(batch) for batch in dealt), *(one.sums for one in observed)]
         fetched = _to_host([*measured, *(totals for _, totals in summed)])
-        sums = {name: _Sums() for name in captured.layers}
+        sums: dict[str, list[Sums]] = {name: [] for name in captured.layers}
         for batch, rows in zip(dealt, fetched, strict=False):
             for (layer, _), row in zip(runs(batch), rows.view(-1, _COLUMNS).tolist(), strict=True):
-                sums[layer].add(row, batch[0])
+                sums[layer].append(_sums_of(row, batch[0]))
         # Weights are looked at as a whole, slots in the sample: what is wrong with them is in the weights a step later.
         for (members, _), totals in zip(summed, fetched[len(measured) :], strict=True):
             for one, finite in zip(members, totals.isfinite().tolist(), strict=True):
-                sums[one.layer].bad += not finite
-        squares = mean_squares(tallies, [values.tolist() for values in fetched[len(dealt) : len(measured)]])
-        found = {name: _figures(sums[name], members, squares, based=name in based) for name, members in layers.items()}
-        # Buffers that moved did so by no step of an optimizer: nothing is known of them.
-        moved = {name for name in buffer_layers(layers) if sums[name].change or sums[name].bad}
-        return found | dict.fromkeys(moved, LayerMeasures(None, None, None, None, None))
+                sums[one.layer].append(Sums(bad=float(not finite)))
+        squares = mean_squares(observed, [values.tolist() for values in fetched[len(dealt) : len(measured)]])
+        return {name: _tally(sums[name], members, squares, based=name in based) for name, members in layers.items()}
 
     @torch.no_grad()
     def sample(self, captured: Capture, layers: Iterable[str]) -> Samples:
@@ -118,9 +125,15 @@ class Gauge:
         self._gradients.drop(samples.stretch)
 
     @torch.no_grad()
-    def seed(self, layer: str, values: Mapping[str, torch.Tensor]) -> None:
-        """Set a layer's baseline from its stored parameters, whole, by name; they may lie on the host."""
-        self._kept |= self._samples({layer: {name: value for name, value in values.items() if measurable(value)}})
+    def seed(self, layer: str, values: Mapping[str, torch.Tensor | Sharded]) -> None:
+        """Set a layer's baseline from its stored parameters, by name; they may lie on the host.
+
+        Args:
+            layer: its name.
+            values: whole tensors, or the boxes of them that are measured here.
+        """
+        held = {name: value if isinstance(value, Sharded) else sharded(value) for name, value in values.items()}
+        self._kept |= self._samples({layer: {name: whole for name, whole in held.items() if measurable(whole)}})
 
     def knows(self, layer: str) -> bool:
         """Whether a layer has a baseline."""
@@ -141,13 +154,21 @@ class Gauge:
     def observe(self, watched: Watched) -> None:
         """Observe the gradients that a model's or optimizers' parameters have now: for loops without ``watch``.
 
+        A gradient that is held otherwise than its parameter is left out, as one with pending sums under sequence
+        parallelism is: its norm would have to wait for other processes.
+
         Raises:
             InvalidInputError: it is neither a module nor torch optimizers.
         """
         self._gradients.observe(watched)
 
-    def _samples(self, layers: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, Kept]]:
-        parameters = [parameter(layer, name, value) for layer, held in layers.items() for name, value in held.items()]
+    def _samples(self, layers: Mapping[str, Mapping[str, Sharded]]) -> dict[str, dict[str, Kept]]:
+        parameters = [
+            one
+            for layer, held in layers.items()
+            for name, whole in held.items()
+            for one in parts_of(layer, name, whole)
+        ]
         parts: dict[tuple[str, str], list[torch.Tensor]] = {}
         for batch in batches(parameters, _batch_size(parameters)):
             for one, index in zip(batch, self._coordinates(batch).index, strict=True):
@@ -203,50 +224,34 @@ class Gauge:
 _COLUMNS = 5
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What one layer's parameters add up to; squares, but for the first."""
-
-    bad: float = 0.0
-    """Elements that are NaN or infinite, in weights or slots."""
-    change: float = 0.0
-    weight: float = 0.0
-    step: float = 0.0
-    curvature: float = 0.0
-    uncurved: float = 0.0
-    """The part of the change that has no second moment."""
-
-    def add(self, row: Sequence[float], one: Parameter) -> None:
-        """Add the sums of parameters of one kind, such as the given one."""
-        bad, change, weight, step, curvature = row
-        self.bad += bad
-        self.change += change
-        self.weight += weight
-        self.step += step
-        if one.motion.curved:
-            self.curvature += curvature
-        elif change:
-            self.uncurved += change
-            _tell_uncurved(one)
+def _sums_of(row: Sequence[float], one: Parameter) -> Sums:
+    """Return the sums of parameters of one kind, such as the given one."""
+    bad, change, weight, step, curvature = row
+    if one.motion.curved:
+        return Sums(bad, change, weight, step, curvature)
+    if change:
+        _tell_uncurved(one)
+    return Sums(bad, change, weight, step, uncurved=change)
 
 
 def _batch_size(parameters: Iterable[Parameter]) -> int:
     return max(_LEAST, sum(len(one.span) for one in parameters) // _SHARE)
 
 
-def _figures(sums: _Sums, members: Sequence[Parameter], squares: Mapping[int, float], *, based: bool) -> LayerMeasures:
-    """Return a layer's measures; ``squares`` are mean squared gradient norms by id of the parameter."""
-    observed = [squares[id(one.tensor)] for one in members if id(one.tensor) in squares]
-    if sums.bad or not math.isfinite(sum(observed)):
-        return LayerMeasures(None, None, None, None, None, finite=False)
-    drift = _root(sums.change) if based else None
-    moving = bool(members) and all(one.motion.known for one in members)
-    return LayerMeasures(
-        drift=drift,
-        relative_drift=None if drift is None else _ratio(drift, math.sqrt(sums.weight)),
-        momentum=_root(sums.step) if moving else None,
-        gradient=_root(sum(observed)) if observed else None,
-        curvature=sums.curvature if based and not sums.uncurved and math.isfinite(sums.curvature) else None,
+def _tally(
+    sums: Iterable[Sums], members: Sequence[Parameter], squares: Mapping[int, float], *, based: bool
+) -> LayerTally:
+    """Return a layer's tally; ``squares`` are mean squared gradient norms by id of the parameter."""
+    observed = [squares[id(one.whole.live)] for one in members if id(one.whole.live) in squares]
+    return LayerTally(
+        parts=len(members),
+        trained=any(one.whole.trained for one in members),
+        based=based,
+        known=all(one.motion.known or one.motion is IDLE for one in members),
+        idle=frozenset(one.owner.number for one in members if one.motion is IDLE and one.owner.number is not None),
+        active=active_owners(members),
+        sums=added(sums),
+        gradient=sum(observed) if observed else None,
     )
 
 
@@ -254,26 +259,14 @@ def _summed(parameters: Iterable[Parameter]) -> list[tuple[list[Parameter], torc
     """Return, by device, parameters and the sum of each one's elements, (parameters,) float64: not finite if one is."""
     devices: dict[torch.device, list[Parameter]] = {}
     for one in parameters:
-        if one.tensor.numel() and (one.tensor.is_floating_point() or one.tensor.is_complex()):
-            devices.setdefault(one.tensor.device, []).append(one)
-    return [(members, torch.stack([_sum(one.tensor).double() for one in members])) for members in devices.values()]
+        devices.setdefault(one.values.device, []).append(one)
+    return [(members, torch.stack([_sum(one.values).double() for one in members])) for members in devices.values()]
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    values = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+def _sum(values: torch.Tensor) -> torch.Tensor:
     wide_enough = values.dtype in (torch.float32, torch.float64)
     # Sixteen bits would overflow by themselves; eight have no sums.
     return values.sum() if wide_enough else values.float().sum()
-
-
-def _root(square: float) -> float | None:
-    return math.sqrt(square) if math.isfinite(square) else None
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    if part == 0:
-        return 0.0
-    return part / whole if whole else None
 
 
 def _tell_uncurved(one: Parameter) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from tailorstore.domain.chunks import Chunk
 from tailorstore.domain.errors import InvalidInputError
+from tailorstore.engine.tensors.shards import is_distributed
 
 Tensor = torch.Tensor
 """For floors that handle tensors without importing torch."""
@@ -45,7 +46,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def check_storable(tensor: torch.Tensor, owner: str) -> None:
-    """Refuse tensors whose elements are not plain strided memory.
+    """Refuse tensors whose elements, or those of a ``DTensor`` that are here, are not plain strided memory.
 
     Raises:
         InvalidInputError: sparse, meta, nested, quantised or wrapper-subclass tensors; names the tensor.
@@ -54,6 +55,8 @@ def check_storable(tensor: torch.Tensor, owner: str) -> None:
         msg = f"{owner}: a lazy parameter has no shape yet; run the model once before it is committed or restored"
         raise InvalidInputError(msg)
     dtype_name(tensor.dtype, owner)
+    if is_distributed(tensor):
+        tensor = tensor.detach().to_local()
     if hasattr(tensor, "__tensor_flatten__"):
         msg = f"{owner}: a {type(tensor).__name__} wraps other tensors; pass its plain tensors instead"
         raise InvalidInputError(msg)

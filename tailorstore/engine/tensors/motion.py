@@ -35,7 +35,10 @@ Form = Literal["still", "idle", "unknown", "plain", "even", "scaled", "root", "a
 
 @dataclass(frozen=True, slots=True)
 class Factored:
-    """A second moment kept as row and column means: element (i, j) is row i × column j / mean of the rows."""
+    """A second moment kept as row and column means: element (i, j) is row i × column j / mean of the rows.
+
+    Of rows that a process holds a part of, the mean is that of the part.
+    """
 
     row: torch.Tensor
     """Of shape (…, rows)."""
@@ -88,14 +91,21 @@ IDLE = Motion("idle")
 UNKNOWN = Motion("unknown")
 
 
-def motion_of(slots: Mapping[str, Any], options: Mapping[str, Any], optimizer: str | None, shape: torch.Size) -> Motion:
-    """Return how a parameter moves.
+def motion_of(
+    slots: Mapping[str, Any],
+    options: Mapping[str, Any],
+    optimizer: str | None,
+    shape: tuple[int, ...],
+    whole: tuple[int, ...],
+) -> Motion:
+    """Return how a parameter, or the part of it that a process holds, moves.
 
     Args:
-        slots: slot name → tensor or number, as packed: ``step`` may be a ``$scalar``.
+        slots: slot name → tensor or number, as packed: ``step`` may be a ``$scalar``. Of a part, those of that part.
         options: the parameter's group, unpacked; empty where it is not known.
         optimizer: name of the optimizer's class, if known.
-        shape: the parameter's.
+        shape: the part's.
+        whole: the parameter's.
     """
     tensors = {name: slot for name, slot in slots.items() if isinstance(slot, torch.Tensor)}
     alike = {
@@ -104,7 +114,7 @@ def motion_of(slots: Mapping[str, Any], options: Mapping[str, Any], optimizer: s
         if slot.shape == shape and (slot.is_floating_point() or slot.is_complex())
     }
     rate = _rate(slots, options)
-    found = _recognised(_Slots(slots, tensors, alike, options, optimizer or "", shape, rate or 0.0))
+    found = _recognised(_Slots(slots, tensors, alike, options, optimizer or "", shape, whole, rate or 0.0))
     # Without a learning rate the step is unknown, but not the second moment.
     return found if rate is not None else replace(found, form="unknown")
 
@@ -123,7 +133,8 @@ class _Slots:
     alike: Mapping[str, torch.Tensor]
     options: Mapping[str, Any]
     optimizer: str
-    shape: torch.Size
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
     rate: float
 
     def step(self) -> float | None:
@@ -187,10 +198,10 @@ def _adam(slots: _Slots) -> Motion:
 
 
 def _momentum(slots: _Slots) -> Motion:
-    buffer, shape = slots.alike["momentum_buffer"], slots.shape
-    if "Muon" in slots.optimizer and len(shape) > 1:
+    buffer, whole = slots.alike["momentum_buffer"], slots.whole
+    if "Muon" in slots.optimizer and len(whole) > 1:
         # The step is a matrix whose singular values are all about one, times a factor that depends on its shape.
-        rows, columns = shape[0], math.prod(shape[1:])
+        rows, columns = whole[0], math.prod(whole[1:])
         match slots.options.get("adjust_lr_fn"):
             case None | "original":
                 factor = math.sqrt(max(1.0, rows / columns))
@@ -225,10 +236,14 @@ def _adafactor(slots: _Slots) -> Motion:
 def _adafactor_second(slots: _Slots) -> Second | None:
     tensors = slots.tensors
     if "row_var" in tensors and "col_var" in tensors:
-        return Factored(tensors["row_var"].detach().squeeze(-1), tensors["col_var"].detach().squeeze(-2))
-    if "exp_avg_sq_row" in tensors and "exp_avg_sq_col" in tensors:
-        return Factored(tensors["exp_avg_sq_row"].detach(), tensors["exp_avg_sq_col"].detach())
-    return slots.alike.get("variance", slots.alike.get("exp_avg_sq"))
+        second = Factored(tensors["row_var"].detach().squeeze(-1), tensors["col_var"].detach().squeeze(-2))
+    elif "exp_avg_sq_row" in tensors and "exp_avg_sq_col" in tensors:
+        second = Factored(tensors["exp_avg_sq_row"].detach(), tensors["exp_avg_sq_col"].detach())
+    else:
+        return slots.alike.get("variance", slots.alike.get("exp_avg_sq"))
+    # Means that are cut otherwise than the part say nothing of it.
+    fits = (*second.row.shape, second.column.shape[-1]) == slots.shape
+    return second if fits and second.column.shape[:-1] == second.row.shape[:-1] else None
 
 
 def number(value: Any) -> float | None:  # noqa: ANN401

@@ -26,6 +26,7 @@ import torch
 from tailorstore.domain.errors import CorruptDocumentError, ExtraStateError, InvalidInputError
 from tailorstore.domain.names import escape
 from tailorstore.engine.tensors.memory import check_storable, dtype_name, scalar_from_hex, scalar_to_hex
+from tailorstore.engine.tensors.shards import Layouts, Sharded, is_distributed, settled, sharded
 
 Arrays = dict[str, torch.Tensor]
 """Array path below the layer version's prefix → tensor."""
@@ -40,13 +41,24 @@ class Packer:
     """Packs values, gathering their tensors under unique paths.
 
     Attributes:
-        arrays: path → tensor, in the order they were met.
+        arrays: path → tensor, in the order they were met; where a tensor is held by several processes, a stand-in of
+            its shape and dtype on the meta device.
+        held: path → what this process holds of such a tensor.
     """
 
-    def __init__(self, folder: str = "") -> None:
-        """Start with no arrays; their paths begin with ``folder``."""
+    def __init__(self, folder: str = "", *, spread: bool = False, known: Layouts | None = None) -> None:
+        """Start with no arrays.
+
+        Args:
+            folder: what their paths begin with.
+            spread: take tensors of several processes.
+            known: see :func:`sharded`.
+        """
         self.arrays: Arrays = {}
+        self.held: dict[str, Sharded] = {}
         self._folder = folder
+        self._spread = spread
+        self._known = known
 
     def pack(self, value: Any, path: str, *, array_path: str | None = None) -> Any:  # noqa: ANN401
         """Return the JSON skeleton of a value.
@@ -66,6 +78,8 @@ class Packer:
         if depth > _MAX_DEPTH:
             msg = f"extra state at {path} is nested more than {_MAX_DEPTH} levels deep, or holds itself"
             raise ExtraStateError(msg)
+        if isinstance(value, Sharded) or is_distributed(value):
+            return self._pack_held(value, path, array_path)
         if isinstance(value, torch.Tensor):
             return self._pack_tensor(value, path, array_path)
         if isinstance(value, np.generic | np.ndarray):
@@ -119,6 +133,22 @@ class Packer:
         if value.dim() == 0 and array_path is None:
             return {"$scalar": [dtype_name(value.dtype, path), scalar_to_hex(value)]}
         return {"$array": self._place(value, array_path or self._folder + escape(path))}
+
+    def _pack_held(self, value: Any, path: str, array_path: str | None) -> Any:  # noqa: ANN401 - Sharded or a DTensor
+        if not self._spread:
+            msg = f"extra state at {path} is a tensor that several ranks hold parts of; pass its full_tensor()"
+            raise ExtraStateError(msg)
+        if is_distributed(value):
+            value = settled(value)
+            if value.dim() == 0:
+                return self._pack_tensor(value.to_local(), path, array_path)
+            value = sharded(value, path, self._known)
+        dtype_name(value.dtype, path)
+        place = self._place(
+            torch.empty(value.shape, dtype=value.dtype, device="meta"), array_path or self._folder + escape(path)
+        )
+        self.held[place] = value
+        return {"$array": place}
 
     def _pack_numpy(self, value: Any, path: str) -> Any:  # noqa: ANN401
         if value.dtype.kind not in _NUMPY_KINDS or value.dtype.itemsize > 16 or value.dtype == np.longdouble:

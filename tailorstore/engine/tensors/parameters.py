@@ -1,5 +1,9 @@
-"""The parameters of a capture, each with the optimizer group that it is in and what its slots say of its movement."""
+"""The parameters of a capture, each with the optimizer group that it is in and what its slots say of its movement.
 
+Of a parameter that several processes hold together, the parts that are here; each part is sampled by itself.
+"""
+
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -7,10 +11,12 @@ from typing import Any
 
 import torch
 
+from tailorstore.domain.chunks import box_of, meet, within
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.motion import IDLE, STILL, UNKNOWN, Motion, motion_of
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.sampling import reals, samples_of
+from tailorstore.engine.tensors.shards import Part, Sharded, sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,63 +35,80 @@ NOBODY = Owner()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter of one layer, or some of its samples."""
+    """One part of a parameter of one layer (a plain tensor is one part), or some of its samples."""
 
     layer: str
     name: str
-    tensor: torch.Tensor
-    """Live, as it was captured."""
+    """The parameter's, with the part's place if that is not all of it."""
+    whole: Sharded
+    part: Part
     values: torch.Tensor
-    """Its memory as real numbers."""
+    """The part's memory as real numbers."""
     span: range
     """Which of its samples."""
     owner: Owner = NOBODY
     motion: Motion = STILL
 
-
-def parameter(layer: str, name: str, tensor: torch.Tensor) -> Parameter:
-    """Return a parameter of which nothing but its values is known."""
-    values = reals(tensor)
-    return Parameter(layer, name, tensor, values, range(samples_of(values.numel())))
-
-
-def measurable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds numbers whose change has a size."""
-    return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is known not to be trained."""
+        return self.whole.trained and self.whole.live is not None and not self.whole.live.requires_grad
 
 
-def weights_by_layer(captured: Capture) -> dict[str, dict[str, torch.Tensor]]:
+def parts_of(layer: str, name: str, whole: Sharded) -> list[Parameter]:
+    """Return the parts of a parameter that this process holds; nothing but their values is known of them."""
+    everything, found = box_of(whole.shape), []
+    for part in whole.parts:
+        values = reals(part.tensor)
+        # The same places in all parts would be a sample of some columns only.
+        place = name if part.box == everything else f"{name} {part.box}"
+        found.append(Parameter(layer, place, whole, part, values, range(samples_of(values.numel()))))
+    return found
+
+
+def measurable(whole: Sharded) -> bool:
+    """Whether this process holds numbers of a tensor whose change has a size."""
+    return bool(whole.parts and math.prod(whole.shape)) and (whole.dtype.is_floating_point or whole.dtype.is_complex)
+
+
+def held_of(layer: LayerCapture, path: str) -> Sharded:
+    """Return what this process holds of an array."""
+    held = layer.held.get(path)
+    return sharded(layer.arrays[path], path) if held is None else held
+
+
+def weights_by_layer(captured: Capture) -> dict[str, dict[str, Sharded]]:
     """Return layer → name → parameter; of a layer without any, its buffers, as in a dictionary of tensors."""
     return {
         layer.name: {
-            name: tensor
+            name: whole
             for name, value in (layer.content["params"] or layer.content["buffers"]).items()
-            if measurable(tensor := layer.arrays[value["$array"]])
+            if measurable(whole := held_of(layer, value["$array"]))
         }
         for layer in captured.layers.values()
     }
 
 
-def buffer_layers(layers: Mapping[str, Sequence[Parameter]]) -> set[str]:
-    """Return the layers that have nothing but buffers, in a model that has parameters."""
-    trained = {
-        name for name, members in layers.items() if any(isinstance(one.tensor, torch.nn.Parameter) for one in members)
-    }
-    return layers.keys() - trained if trained else set()
-
-
 def parameters_of(captured: Capture) -> list[Parameter]:
-    """Return every parameter with its motion, in the model's order."""
+    """Return every part of a parameter with its motion, in the model's order."""
     owners = _owners(captured)
-    found = []
+    found: list[Parameter] = []
     for layer, weights in weights_by_layer(captured).items():
-        for name, tensor in weights.items():
-            owner = owners.get(name, NOBODY)
-            motion = _motion(captured.layers[layer], name, tensor, owner, grouped=bool(owners))
-            found.append(replace(parameter(layer, name, tensor), owner=owner, motion=motion))
+        for name, whole in weights.items():
+            owner, slots = owners.get(name, NOBODY), _slots(captured.layers[layer], name)
+            found += [
+                replace(one, owner=owner, motion=_motion(one, owner, slots, grouped=bool(owners)))
+                for one in parts_of(layer, name, whole)
+            ]
     # Where an optimizer has slots for others, a parameter without any was never updated.
-    active = {one.owner.number for one in found if one.motion.known and one.motion is not STILL}
+    active = active_owners(found)
     return [replace(one, motion=STILL) if one.motion is IDLE and one.owner.number in active else one for one in found]
+
+
+def active_owners(parameters: Iterable[Parameter]) -> frozenset[int]:
+    """Return the optimizers that are known to move some of the parameters."""
+    numbers = {one.owner.number for one in parameters if one.motion.known and one.motion is not STILL}
+    return frozenset(number for number in numbers if number is not None)
 
 
 def _owners(captured: Capture) -> dict[str, Owner]:
@@ -101,18 +124,36 @@ def _owners(captured: Capture) -> dict[str, Owner]:
     return found
 
 
-def _motion(layer: LayerCapture, name: str, tensor: torch.Tensor, owner: Owner, *, grouped: bool) -> Motion:
-    slots = layer.content["optim"].get(name)
+def _slots(layer: LayerCapture, name: str) -> dict[str, Any]:
+    """Return a parameter's slots: what this process holds of those that are arrays, the others as packed."""
+    return {
+        slot: held_of(layer, value["$array"]) if isinstance(value, dict) and "$array" in value else value
+        for slot, value in layer.content["optim"].get(name, {}).items()
+    }
+
+
+def _motion(one: Parameter, owner: Owner, slots: Mapping[str, Any], *, grouped: bool) -> Motion:
     if slots:
-        held = {
-            slot: layer.arrays[value["$array"]] if isinstance(value, dict) and "$array" in value else value
-            for slot, value in slots.items()
-        }
-        return motion_of(held, owner.options, owner.optimizer, tensor.shape)
-    frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+        here = {slot: _beside(one, value) if isinstance(value, Sharded) else value for slot, value in slots.items()}
+        if any(isinstance(value, Sharded) and here[slot] is None for slot, value in slots.items()):
+            return UNKNOWN
+        return motion_of(here, owner.options, owner.optimizer, one.part.tensor.shape, one.whole.shape)
     if owner is NOBODY:
-        return STILL if grouped or frozen else UNKNOWN
-    return STILL if frozen else IDLE
+        return STILL if grouped or one.is_frozen else UNKNOWN
+    return STILL if one.is_frozen else IDLE
+
+
+def _beside(one: Parameter, slot: Sharded) -> torch.Tensor | None:
+    """Return the elements of a slot that belong to a part of its parameter; ``None`` if they are not here."""
+    if slot.shape != one.whole.shape:
+        return slot.parts[0].tensor if len(slot.parts) == 1 else None
+    box = one.part.box
+    for part in slot.parts:
+        if part.box == box:
+            return part.tensor
+        if meet(part.box, box) == box:
+            return part.tensor[within(box, part.box)]
+    return None
 
 
 def batches(parameters: Iterable[Parameter], size: int) -> Iterator[list[Parameter]]:

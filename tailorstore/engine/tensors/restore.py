@@ -12,13 +12,17 @@ from tailorstore.engine.tensors.capture import (
     Model,
     Optim,
     OptimizerLike,
+    Tensorlike,
     find_aliases,
     optimizers_of,
     unwrap,
     without_wrappers,
 )
+from tailorstore.engine.tensors.groups import groups_differ, groups_here
 from tailorstore.engine.tensors.memory import DTYPES
 from tailorstore.engine.tensors.packing import unpack
+from tailorstore.engine.tensors.shards import Sharded, is_distributed, sharded
+from tailorstore.engine.tensors.slots import array_path, slot_for
 
 _SHOWN = 40
 
@@ -37,16 +41,21 @@ class StoredTensor:
 class Filling:
     """Which tensors to fill from which arrays, and what to do once all are filled."""
 
-    model: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Stored tensor name → the tensor it is read into."""
+    model: dict[str, Sharded] = field(default_factory=dict)
+    """Stored tensor name → what of the tensor that it is read into is here."""
     slots: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
-    """(parameter name, array path, tensor) of every optimizer slot that is an array."""
+    """(parameter name, array path, tensor) of every optimizer slot that is an array; some may be ``DTensor``."""
     finish: list[Callable[[], None]] = field(default_factory=list)
     """To be called in order after the last read: puts slots, options and scalars in place."""
 
 
 def plan_model(
-    tensors: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], problems: list[str], *, strict: bool
+    tensors: Mapping[str, Tensorlike],
+    stored: Mapping[str, StoredTensor],
+    problems: list[str],
+    *,
+    strict: bool,
+    elsewhere: Collection[str] = (),
 ) -> Filling:
     """Match a model's tensors with stored ones by name.
 
@@ -55,6 +64,10 @@ def plan_model(
         stored: every stored name, aliases included.
         problems: every difference is added here.
         strict: also count missing and unexpected names, and other dtypes, as differences.
+        elsewhere: names that the models of other ranks have; a set, if there are many. None of them is unexpected.
+
+    Raises:
+        InvalidInputError: a tensor that cannot be filled in parts; names it. Nothing was changed.
     """
     filling = Filling()
     aliases = find_aliases(tensors)
@@ -67,7 +80,7 @@ def plan_model(
         problems += [
             f"unexpected: {name} {list(known.shape)} is not in the model"
             for name, known in stored.items()
-            if name not in tensors
+            if name not in tensors and name not in elsewhere
         ]
     for name, target in aliases.items():
         if strict and name in stored and target in stored and stored[name] != stored[target]:
@@ -82,8 +95,12 @@ def plan_model(
             mine = str(tensor.dtype).removeprefix("torch.")
             problems.append(f"dtype: {name} is {mine} in the model, {known.dtype} in the composite")
         else:
-            filling.model[name] = tensor.detach()
+            filling.model[name] = _to_fill(tensor, name)
     return filling
+
+
+def _to_fill(tensor: Tensorlike, name: str) -> Sharded:
+    return tensor if isinstance(tensor, Sharded) else sharded(tensor.detach(), name)
 
 
 def plan_states(
@@ -95,6 +112,7 @@ def plan_states(
     filling: Filling,
     *,
     strict: bool,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Arrange for modules with ``set_extra_state`` to be given theirs back.
 
@@ -106,13 +124,15 @@ def plan_states(
         problems: every difference is added here.
         filling: what to do once all is read is added here.
         strict: also count missing and unexpected names as differences.
+        elsewhere: names of extra states that other ranks have; none of them is unexpected.
     """
     module = unwrap(model)
     if not isinstance(module, torch.nn.Module):
         return
     if strict:
         problems += [f"missing: extra state {name} is not in the composite" for name in mine if name not in states]
-        problems += [f"unexpected: extra state {name} is not in the model" for name in states if name not in mine]
+        unexpected = [name for name in states if name not in mine and name not in elsewhere]
+        problems += [f"unexpected: extra state {name} is not in the model" for name in unexpected]
     modules = {without_wrappers(name): found for name, found in module.named_modules()}
     for name in mine:
         owner = modules.get(name.removesuffix("_extra_state").removesuffix("."))
@@ -141,7 +161,7 @@ class StoredOptim:
 
 
 def plan_optim(
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Tensorlike],
     optim: Optim,
     stored: StoredOptim,
     problems: list[str],
@@ -149,6 +169,7 @@ def plan_optim(
     load: Callable[[str, str], Any],
     *,
     strict: bool,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Match optimizers with stored ones, group by group and parameter by parameter.
 
@@ -160,6 +181,8 @@ def plan_optim(
         filling: what to read and do is added here; nothing is changed before its ``finish`` runs.
         load: reads an array (parameter name, path) that is no plain slot.
         strict: also count optimizer state that is missing altogether as a difference.
+        elsewhere: names that the models of other ranks have. What is stored of those that are not in this one is left
+            out before groups are compared.
     """
     optimizers = optimizers_of(optim)
     if optimizers and not stored.groups:
@@ -171,6 +194,7 @@ def plan_optim(
         problems.append(f"optimizers: {len(optimizers)} passed, {len(stored.groups)} in the composite")
         return
     names = {id(tensor): stored.aliases.get(name, name) for name, tensor in reversed(tensors.items())}
+    absent = {stored.aliases.get(name, name) for name in elsewhere}.difference(names.values())
     for number, optimizer in enumerate(optimizers):
         groups = stored.groups[number] if stored.groups else []
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -178,13 +202,14 @@ def plan_optim(
             if strict and theirs is not None and mine != theirs:
                 problems.append(f"optimizer {number}: it is a {mine}, the composite's was a {theirs}")
                 continue
-            plan = _OptimizerPlan(optimizer, number, names, stored, filling, load)
+            plan = _OptimizerPlan(optimizer, number, names, absent, stored, filling, load)
             plan.match(groups, problems)
             shared = stored.shared[number] if stored.shared else None
             if shared:
                 filling.finish.append(partial(optimizer.state.update, shared))
         else:
-            _fill_state_dict(optimizer, groups, stored, filling, load)
+            by_name = {names[id(tensor)]: tensor for tensor in tensors.values()}
+            _fill_state_dict(optimizer, groups, by_name, absent, stored, filling, load)
 
 
 class _OptimizerPlan:
@@ -198,6 +223,7 @@ class _OptimizerPlan:
         optimizer: torch.optim.Optimizer,
         number: int,
         names: Mapping[int, str],
+        absent: Collection[str],
         stored: StoredOptim,
         filling: Filling,
         load: Callable[[str, str], Any],
@@ -205,22 +231,24 @@ class _OptimizerPlan:
         self._optimizer = optimizer
         self._number = number
         self._names = names
+        self._absent = absent
         self._stored = stored
         self._filling = filling
         self._load = load
 
     def match(self, groups: Sequence[Mapping[str, Any]], problems: list[str]) -> None:
         mine = [[self._names.get(id(param)) for param in group["params"]] for group in self._optimizer.param_groups]
-        theirs = [list(group["params"]) for group in groups]
+        here = groups_here(groups, mine, self._absent)
+        theirs = [group["params"] for group in here]
         if groups and mine != theirs:
-            problems.append(f"optimizer {self._number}: {_groups_differ(mine, theirs)}")
+            problems.append(f"optimizer {self._number}: {groups_differ(mine, theirs)}")
             return
         for at, group in enumerate(self._optimizer.param_groups):
             for name, param in zip(mine[at], group["params"], strict=True):
                 if name is not None:
                     self._plan_param(name, param, group)
             if groups:
-                options = {key: _like(value, group.get(key)) for key, value in groups[at].items() if key != "params"}
+                options = {key: _like(value, group.get(key)) for key, value in here[at].items() if key != "params"}
                 self._filling.finish.append(partial(group.update, options))
 
     def _plan_param(self, name: str, param: torch.Tensor, group: Mapping[str, Any]) -> None:
@@ -232,7 +260,7 @@ class _OptimizerPlan:
         on_device = bool(group.get("capturable")) or bool(group.get("fused"))
         fresh: dict[str, Any] = {}
         for slot, value in slots.items():
-            path = value.get("$array") if isinstance(value, dict) and len(value) == 1 else None
+            path = array_path(value)
             if path is None:
                 # Optimizers keep their step counter on the host unless told otherwise, and nothing else.
                 host = slot == "step" and not on_device
@@ -240,8 +268,7 @@ class _OptimizerPlan:
                 self._filling.finish.append(self._scalar(fresh, slot, name, value, device))
                 continue
             known = self._stored.specs[name][path]
-            reused = _reusable(current.get(slot), known, param)
-            fresh[slot] = _new_slot(known, param) if reused is None else reused
+            fresh[slot] = slot_for(known.shape, known.dtype, param, current.get(slot))
             self._filling.slots.append((name, path, fresh[slot]))
         order = list(slots)
         self._filling.finish.append(
@@ -263,20 +290,6 @@ class _OptimizerPlan:
         return finish
 
 
-def _reusable(current: object, known: StoredTensor, param: torch.Tensor) -> torch.Tensor | None:
-    if type(current) is not torch.Tensor:
-        return None
-    fits = tuple(current.shape) == known.shape and current.dtype == DTYPES[known.dtype]
-    return current if fits and (current.shape != param.shape or current.stride() == param.stride()) else None
-
-
-def _new_slot(known: StoredTensor, param: torch.Tensor) -> torch.Tensor:
-    if known.shape == tuple(param.shape):
-        # Of the parameter's own strides (channels_last, …): fused optimizers walk both as flat memory.
-        return torch.empty_like(param, dtype=DTYPES[known.dtype], memory_format=torch.preserve_format).detach()
-    return torch.empty(known.shape, dtype=DTYPES[known.dtype], device=param.device)
-
-
 def _like(option: Any, current: object) -> Any:  # noqa: ANN401
     """Return an option where the one that it replaces was: a learning rate may be a tensor on a device."""
     if isinstance(option, torch.Tensor) and isinstance(current, torch.Tensor):
@@ -288,23 +301,11 @@ def _device_of(current: object, default: torch.device) -> torch.device:
     return current.device if isinstance(current, torch.Tensor) else default
 
 
-def _groups_differ(mine: list[list[str | None]], theirs: list[list[str]]) -> str:
-    if len(mine) != len(theirs):
-        return f"{len(mine)} parameter groups, {len(theirs)} in the composite"
-    notes = []
-    for at, (here, there) in enumerate(zip(mine, theirs, strict=True)):
-        missing = [name for name in here if name not in there]
-        unexpected = [name for name in there if name not in here]
-        notes += [f"group {at} has {name}, the composite's has not" for name in missing]
-        notes += [f"group {at} lacks {name}, the composite's has it" for name in unexpected]
-        if here != there and not missing and not unexpected:
-            notes.append(f"group {at} holds its parameters in another order")
-    return "; ".join(notes)
-
-
 def _fill_state_dict(
     target: OptimizerLike,
     groups: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Tensorlike],
+    absent: Collection[str],
     stored: StoredOptim,
     filling: Filling,
     load: Callable[[str, str], Any],
@@ -313,15 +314,29 @@ def _fill_state_dict(
         msg = f"an optimizer state dict to restore into must be a mutable mapping, not {type(target).__name__}"
         raise InvalidInputError(msg)
     wrapped = "state" in target and "param_groups" in target
+    held = {name: slots for name, slots in stored.slots.items() if name not in absent}
+    fresh: dict[tuple[str, str], torch.Tensor] = {}
+    for name, slots in held.items():
+        param = tensors.get(name)
+        for slot, value in slots.items():
+            path = array_path(value)
+            if path is not None and is_distributed(param):
+                # Never the whole of what several ranks hold.
+                known = stored.specs[name][path]
+                fresh[name, slot] = slot_for(known.shape, known.dtype, param)
+                filling.slots.append((name, path, fresh[name, slot]))
+
+    def slot_of(name: str, slot: str, value: Any) -> Any:  # noqa: ANN401
+        return fresh[name, slot] if (name, slot) in fresh else unpack(value, partial(load, name))
 
     def finish() -> None:
         state = {
-            name: {slot: unpack(value, partial(load, name)) for slot, value in slots.items()}
-            for name, slots in stored.slots.items()
+            name: {slot: slot_of(name, slot, value) for slot, value in slots.items()} for name, slots in held.items()
         }
         if wrapped:
             target["state"] = state
-            target["param_groups"] = [dict(group) for group in groups]
+            here = [[name for name in group["params"] if name not in absent] for group in groups]
+            target["param_groups"] = [{**group, "params": names} for group, names in zip(groups, here, strict=True)]
         else:
             target.clear()
             target.update(state)

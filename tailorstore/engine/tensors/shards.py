@@ -2,13 +2,13 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
-from tailorstore.domain.chunks import Box, box_of
+from tailorstore.domain.chunks import Box, box_of, within
 from tailorstore.domain.errors import InvalidInputError
 
 
@@ -32,22 +32,30 @@ class Sharded:
     """Disjoint; parts without elements are left out."""
     trained: bool = False
     """Whether it is a parameter."""
+    layout: Hashable = None
+    """How all ranks hold tensors of this shape, where that has a name: equal layouts, equal boxes on every rank."""
+    live: torch.Tensor | None = None
+    """The tensor that the parts are of, where there is one."""
 
+    def whole(self, owner: str) -> torch.Tensor:
+        """Return the tensor, if this process holds all of it.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gathered:
-    """A tensor that no process holds as a box: all of them together can make it, one tensor at a time."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    gather: Callable[[], torch.Tensor]
-    """Returns the whole tensor on every rank. All ranks call it, for the same tensors in the same order."""
-    trained: bool = False
-    """Whether it is a parameter."""
-
-
-Held: TypeAlias = Sharded | Gathered
-"""What may stand in the place of a tensor."""
+        Raises:
+            InvalidInputError: it does not; names the tensor.
+        """
+        if len(self.parts) == 1 and self.parts[0].box == box_of(self.shape):
+            return self.parts[0].tensor
+        if sum(part.tensor.numel() for part in self.parts) == math.prod(self.shape):
+            device = self.parts[0].tensor.device if self.parts else "cpu"
+            whole = torch.empty(self.shape, dtype=self.dtype, device=device)
+            for part in self.parts:
+                whole[within(part.box, box_of(self.shape))] = part.tensor.detach()
+            return whole
+        msg = (
+            f"{owner} of shape {list(self.shape)} is spread over processes, and this store is used by one alone:"
+            " open it on every rank, after torch.distributed is initialised, with ranks='world'"
+        )
+        raise InvalidInputError(msg)
 
 
 def is_distributed(value: object) -> TypeGuard[Any]:
@@ -56,22 +64,52 @@ def is_distributed(value: object) -> TypeGuard[Any]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def sharded(tensor: torch.Tensor, owner: str = "tensor") -> Sharded:
+Layouts = dict[Hashable, tuple[Box, ...]]
+"""Shape, placements and mesh of ``DTensor``s → the boxes of them that are here. Finding them out takes a while."""
+
+
+def sharded(tensor: torch.Tensor, owner: str = "tensor", known: Layouts | None = None) -> Sharded:
     """Return which boxes of a tensor this process holds: of a plain one, all of it.
+
+    Args:
+        tensor: plain or ``DTensor``.
+        owner: what it is, for messages.
+        known: layouts that were met before, as long as nobody starts torch.distributed anew; more are added.
 
     Raises:
         InvalidInputError: a ``DTensor`` with pending sums, or cut in a way that is no box; names the tensor.
     """
     shape, trained = tuple(tensor.shape), isinstance(tensor, torch.nn.Parameter)
     if not is_distributed(tensor):
-        return Sharded(shape, tensor.dtype, (Part(box_of(shape), tensor),), trained)
-    _check_placements(tensor, owner)
+        return Sharded(shape, tensor.dtype, (Part(box_of(shape), tensor),), trained, "whole", tensor)
+    layout = (shape, tuple(tensor.placements), tensor.device_mesh)
+    boxes = known.get(layout) if known is not None else None
+    if boxes is None:
+        _check_placements(tensor, owner)
+        boxes = tuple(
+            tuple((at, at + extent) for at, extent in zip(chunk.offsets, chunk.sizes, strict=True))
+            for chunk in tensor.__create_chunk_list__()
+        )
+        if known is not None:
+            known[layout] = boxes
     local = tensor.detach().to_local()
-    found = []
-    for chunk in tensor.__create_chunk_list__() if local.numel() or math.prod(shape) == 0 else ():
-        box = tuple((at, at + extent) for at, extent in zip(chunk.offsets, chunk.sizes, strict=True))
-        found.append(Part(box, local))
-    return Sharded(shape, tensor.dtype, tuple(found), trained)
+    held = boxes if local.numel() or not math.prod(shape) else ()
+    return Sharded(shape, tensor.dtype, tuple(Part(box, local) for box in held), trained, layout, tensor)
+
+
+def settled(tensor: Any) -> Any:  # noqa: ANN401 - a DTensor
+    """Return a ``DTensor`` with its pending sums carried out: collective, among the ranks of its mesh."""
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    replicate = sys.modules["torch.distributed.tensor"].Replicate
+    placements = [replicate() if placement.is_partial() else placement for placement in tensor.placements]
+    return tensor.detach().redistribute(placements=placements)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what of a tensor is in this process: a ``DTensor``'s local tensor, a plain one itself."""
+    found: torch.Tensor = tensor.to_local() if is_distributed(tensor) else tensor
+    return found
 
 
 def _check_placements(tensor: Any, owner: str) -> None:  # noqa: ANN401 - a DTensor

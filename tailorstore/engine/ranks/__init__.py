@@ -1,0 +1,1 @@
+"""The processes that train together, and how they commit and restore together."""
