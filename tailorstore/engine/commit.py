@@ -6,7 +6,7 @@ is one SQL transaction that compares the branch's head.
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,13 +101,14 @@ class Committer:
     def _steps(self) -> list[int]:
         return self.publisher.catalog.steps(self.publisher.branch, HISTORY)
 
-    def prepare(self, request: Request, *, staged: bool) -> Prepared:
+    def prepare(self, make: Callable[[], Request], *, staged: bool) -> Prepared:
         """Decide what to write and announce it; copy it to the host if ``staged``.
 
         Raises:
             InvalidInputError: mask, step, model or extra state cannot be committed; nothing was written.
             UnavailableError: catalog or storage could not be reached; nothing was written.
         """
+        request = make()
         live = capture(request.model, request.optim, self.rule)
         captured = gathered_here(live)
         extra = capture_extra(captured, request.extra)

@@ -81,8 +81,16 @@ class Commits:
             self.wait()
             return self._joined()
 
-    def commit(self, request: Request, *, block: bool) -> Commit | PendingCommit:
-        """Commit, or begin to; see ``Store.commit``."""
+    def commit(self, request: Callable[[], Request], *, block: bool) -> Commit | PendingCommit:
+        """Commit, or begin to; see ``Store.commit``.
+
+        Args:
+            request: checks what the caller asked for, and gives it; of many ranks, where its error is that of all.
+            block: whether to wait.
+        """
+        if not self._setting.is_joint():
+            checked = request()
+            request = lambda: checked  # noqa: E731 - before a commit under way is waited for
         with self._lock:
             ranks = self._joined() if self._setting.is_joint() else None
             if ranks is None:
@@ -93,7 +101,7 @@ class Commits:
             if block:
                 return committer.carry_out(prepared)  # type: ignore[arg-type]
             self._pending = PendingCommit(
-                request.step,
+                prepared.draft.step,
                 self.branch,
                 lambda: committer.carry_out(prepared),  # type: ignore[arg-type]
             )
@@ -157,7 +165,9 @@ class Commits:
     def _collective(self, ranks: Ranks) -> CollectiveCommitter:
         # No call to other ranks: one of them may have to start anew where others need not.
         objects, opening = self._session.objects, self._publisher
-        return CollectiveCommitter(ranks, objects, opening, self.branch, self._layout, self._rule, self._light, self.gauge)
+        return CollectiveCommitter(
+            ranks, objects, opening, self.branch, self._layout, self._rule, self._light, self.gauge
+        )
 
     def _publisher(self) -> Publisher:
         session = self._session

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from tailorstore.domain.errors import InvalidInputError
+from tailorstore.domain.errors import InvalidInputError, StoreNotFoundError
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.names import DEFAULT_BRANCH, LayerRule, check_name, layer_rule
 from tailorstore.domain.records import DEFAULT_LEASE
@@ -16,6 +16,7 @@ from tailorstore.engine.ranks.joining import DEFAULT_TIMEOUT, check_setting
 from tailorstore.engine.session import Session
 from tailorstore.engine.store import Store
 from tailorstore.storage.codecs import CODECS
+from tailorstore.storage.manifests import read_binding
 from tailorstore.storage.objects import normalise_url, open_objects, printable_url
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def open_store(
     catalog_url = catalog or default_catalog(printable_url(normalise_url(url)))
     try:
         opened = None if setting.is_follower() else open_root(objects, catalog_url, create=create)
+        if opened is None and not create and read_binding(objects) is None:
+            msg = f"there is no store at {objects.url}; make one with open_store(...) on every rank"
+            raise StoreNotFoundError(msg)
     except BaseException:
         objects.close()
         raise

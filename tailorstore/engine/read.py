@@ -1,5 +1,6 @@
 """Reading layers: documents, tensors, parts of tensors. Every chunk is checked against its digest."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,6 +24,9 @@ from tailorstore.storage.threads import Job, MemoryBudget, run_jobs
 from tailorstore.storage.transport import Objects
 
 COPY_BUDGET_BYTES = 160 << 20
+
+_SCRATCH_BYTES = 256 << 10
+_scratch = threading.local()
 
 Target: TypeAlias = Tensor | Sharded
 """What may be filled: a plain tensor, the local part of a ``DTensor``, or the parts of a tensor that are here."""
@@ -161,9 +165,8 @@ def _meetings(array: StoredArray, parts: Sequence[Part]) -> Iterable[tuple[Chunk
 
 
 def _job(objects: Objects, array: StoredArray, chunk: Chunk, parts: Sequence[Part], budget: MemoryBudget) -> Job:
-    memory = _memory(array, chunk, parts[0]) if len(parts) == 1 else None
-
     def read() -> None:
+        memory = _memory(array, chunk, parts[0]) if len(parts) == 1 else None
         if memory is not None:
             read_chunk(objects, array.key(chunk), array.record, chunk, memory, array.where)
             return
@@ -178,13 +181,30 @@ def _job(objects: Objects, array: StoredArray, chunk: Chunk, parts: Sequence[Par
     return read
 
 
-def _memory(array: StoredArray, chunk: Chunk, part: Part) -> memoryview | None:
-    """Return the memory that a chunk's elements are to fill, if it is one run of memory that takes them as they are."""
+def _memory(array: StoredArray, chunk: Chunk, part: Part) -> list[memoryview] | None:
+    """Return the memory that a chunk's elements are to fill, if those that are wanted follow each other here and there.
+
+    What comes before and after them in the chunk is only hashed, and goes where it is overwritten at once.
+    """
     if name_of(part.tensor.dtype) != array.dtype:
         return None
-    target = part.tensor
-    if chunk.box != part.box:
-        if meet(chunk.box, part.box) != chunk.box:
-            return None
-        target = target[within(chunk.box, part.box)]
-    return as_bytes(target) if is_plain(target) else None
+    if chunk.box == part.box:
+        return [as_bytes(part.tensor)] if is_plain(part.tensor) else None
+    shared = meet(chunk.box, part.box)
+    assert shared is not None  # noqa: S101 (the chunk is one that meets the part)
+    cut = next((at for at, (start, stop) in enumerate(chunk.box) if stop - start > 1), 0)
+    target = part.tensor[within(shared, part.box)]
+    if shared[cut + 1 :] != chunk.box[cut + 1 :] or not is_plain(target):
+        return None
+    row = chunk.elements // (chunk.box[cut][1] - chunk.box[cut][0]) * itemsize(array.dtype)
+    before, after = (shared[cut][0] - chunk.box[cut][0]) * row, (chunk.box[cut][1] - shared[cut][1]) * row
+    return [*_nowhere(before), as_bytes(target), *_nowhere(after)]
+
+
+def _nowhere(count: int) -> list[memoryview]:
+    """Return so many bytes of memory that nobody looks at; the same over and over."""
+    if not hasattr(_scratch, "block"):
+        _scratch.block = memoryview(bytearray(_SCRATCH_BYTES))
+    whole, rest = divmod(count, _SCRATCH_BYTES)
+    block: memoryview = _scratch.block
+    return [*[block] * whole, *([block[:rest]] if rest else [])]

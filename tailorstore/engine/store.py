@@ -157,10 +157,14 @@ class Store:
             StorageFullError, StorageUnavailableError, CatalogUnavailableError, AccessDeniedError: nothing of it is
                 visible; what was written is deleted or swept by GC.
         """
-        if message is not None and not isinstance(message, str):
-            msg = f"message must be a string, not {type(message).__name__}"
-            raise InvalidInputError(msg)
-        request = Request(check_step(step), model, optim, mask, extra, check_metrics(metrics), message, partial)
+
+        def request() -> Request:
+            # Made where an error is one of all ranks.
+            if message is not None and not isinstance(message, str):
+                msg = f"message must be a string, not {type(message).__name__}"
+                raise InvalidInputError(msg)
+            return Request(check_step(step), model, optim, mask, extra, check_metrics(metrics), message, partial)
+
         return self._commits.commit(request, block=block)
 
     # History

@@ -68,13 +68,14 @@ def write_layers(destination: Destination, layers: Iterable[PlannedLayer]) -> No
         StorageUnavailableError, StorageFullError, AccessDeniedError: unpublished objects remain, listed in ``written``.
     """
     objects, written = destination.objects, destination.written
+    before = set(written.sealed)
     budget = MemoryBudget(COPY_BUDGET_BYTES)
     sized = [job for layer in layers for job in _LayerWriter(destination, layer, budget).start()]
     # Large chunks first, so that no thread is left with one at the end.
     sized.sort(key=lambda job: -job[0])
     run_jobs([job for _, job in sized], objects.workers)
     # Once for all layers: they share directories, and a journal takes many flushes in one go.
-    objects.sync([key for sealed in written.sealed.values() for key in sealed.keys])
+    objects.sync([key for name, sealed in written.sealed.items() if name not in before for key in sealed.keys])
 
 
 class _LayerWriter:

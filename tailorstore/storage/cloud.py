@@ -21,11 +21,13 @@ from tailorstore.storage.threads import map_in_threads
 from tailorstore.storage.transport import (
     DeleteFailure,
     DeleteFailures,
+    Memory,
     ObjectInfo,
     Observe,
     check_key,
     check_prefix,
     joined,
+    size_in_bytes,
     wrong_size,
 )
 from tailorstore.storage.urls import printable_url, split_url
@@ -124,31 +126,36 @@ class CloudObjects:
         path = self._path(key)
         return self._call(failures.READING, key, lambda: memoryview(obstore.get(self._store, path).bytes()))
 
-    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
+    def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
         """Stream into the target; see :meth:`Objects.read_into`."""
-        expected = target.nbytes if size is None else size
+        wanted = size_in_bytes(target)
+        expected = wanted if size is None else size
         path = self._path(key)
-        part = target.nbytes < expected and target.nbytes > 0
+        part = 0 < wanted < expected
         result = self._call(
             failures.READING,
             key,
-            lambda: obstore.get(self._store, path, options={"range": (0, target.nbytes)} if part else None),
+            lambda: obstore.get(self._store, path, options={"range": (0, wanted)} if part else None),
         )
         found = result.meta["size"]
         if found != expected:
             raise wrong_size(self.url, key, found, expected)
         blocks = iter(result.stream(min_chunk_size=_STREAM_BYTES))
-        done = 0
-        while done < target.nbytes:
-            block = self._call(failures.READING, key, lambda: next(blocks, None))
-            if block is None:
-                raise wrong_size(self.url, key, done, expected)
-            # Copied before it is shown, so that what is observed is what lies in the target.
-            arrived = target[done : done + len(block)]
-            arrived[:] = memoryview(block)
-            done += arrived.nbytes
-            if observe is not None:
-                observe(arrived)
+        block, done = memoryview(b""), 0
+        for part_of_it in [target] if isinstance(target, memoryview) else target:
+            left = part_of_it
+            while left.nbytes:
+                if not block.nbytes:
+                    arrived = self._call(failures.READING, key, lambda: next(blocks, None))
+                    if arrived is None:
+                        raise wrong_size(self.url, key, done, expected)
+                    block = memoryview(arrived)
+                count = min(left.nbytes, block.nbytes)
+                # Copied before it is shown, so that what is observed is what lies in the target.
+                left[:count] = block[:count]
+                if observe is not None:
+                    observe(left[:count])
+                left, block, done = left[count:], block[count:], done + count
 
     def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Put over the old object in one request; see :meth:`Objects.replace`."""

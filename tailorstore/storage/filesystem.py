@@ -24,11 +24,13 @@ from tailorstore.storage.threads import map_in_threads
 from tailorstore.storage.transport import (
     DeleteFailure,
     DeleteFailures,
+    Memory,
     ObjectInfo,
     Observe,
     check_key,
     check_prefix,
     flat_parts,
+    size_in_bytes,
     wrong_size,
 )
 from tailorstore.storage.urls import check_package, printable_url, split_url
@@ -136,15 +138,18 @@ class FilesystemObjects:
         path = self._path(key)
         return memoryview(self._call(failures.READING, key, lambda: self._fs.cat_file(path)))
 
-    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
+    def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
         """Read the file and copy its beginning; see :meth:`Objects.read_into`."""
-        expected = target.nbytes if size is None else size
+        expected = size_in_bytes(target) if size is None else size
         content = self.get(key)
         if content.nbytes != expected:
             raise wrong_size(self.url, key, content.nbytes, expected)
-        target[:] = content[: target.nbytes]
-        if observe is not None:
-            observe(target)
+        done = 0
+        for part in [target] if isinstance(target, memoryview) else target:
+            part[:] = content[done : done + part.nbytes]
+            done += part.nbytes
+            if observe is not None:
+                observe(part)
 
     def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Write over the old file, atomically on object stores and local disks; see :meth:`Objects.replace`."""

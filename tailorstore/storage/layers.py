@@ -22,7 +22,7 @@ from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.documents import array_document, chunk_key, group_document, groups_above
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.light import table_from_json, table_to_json
-from tailorstore.storage.transport import Objects, flat_parts, joined
+from tailorstore.storage.transport import Memory, Objects, flat_parts, joined, size_in_bytes
 
 FORMAT = 1
 GROUP_DOCUMENT = "zarr.json"
@@ -111,7 +111,7 @@ def write_chunk(
 
 
 def read_chunk(
-    objects: Objects, key: str, record: ArrayRecord, chunk: Chunk, target: memoryview, where: Callable[[], str]
+    objects: Objects, key: str, record: ArrayRecord, chunk: Chunk, target: Memory, where: Callable[[], str]
 ) -> None:
     """Fill ``target`` with one chunk's elements, checked against its digest.
 
@@ -120,7 +120,8 @@ def read_chunk(
         key: from :func:`object_key`.
         record: layout, digests and sizes of the array.
         chunk: which chunk.
-        target: writable flat bytes, as many as the chunk has elements, padding left out.
+        target: writable flat bytes, as many as the chunk has elements, padding left out; in one buffer, or in several
+            that are filled one after the other.
         where: says whose chunk it is, for messages.
 
     Raises:
@@ -137,8 +138,11 @@ def read_chunk(
             if len(encoded) != size:
                 msg = f"object {key} has {len(encoded)} bytes, not {size}"
                 raise MissingObjectError(msg)
-            _decode(record.spec, chunk, encoded, target)
-            hasher.update(target)
+            whole = target if isinstance(target, memoryview) else memoryview(bytearray(size_in_bytes(target)))
+            _decode(record.spec, chunk, encoded, whole)
+            hasher.update(whole)
+            if not isinstance(target, memoryview):
+                _deal_out(whole, target)
     except MissingObjectError as error:
         msg = f"{where()}: {error}"
         raise MissingObjectError(msg) from error
@@ -151,6 +155,13 @@ def read_chunk(
             " run 'tailorstore verify' to see what else is damaged, and restore an older step"
         )
         raise DigestMismatchError(msg)
+
+
+def _deal_out(data: memoryview, target: Sequence[memoryview]) -> None:
+    done = 0
+    for part in target:
+        part[:] = data[done : done + part.nbytes]
+        done += part.nbytes
 
 
 def _decode(spec: ArraySpec, chunk: Chunk, encoded: memoryview, target: memoryview) -> None:

@@ -15,12 +15,14 @@ from tailorstore.storage.threads import map_in_threads
 from tailorstore.storage.transport import (
     DeleteFailure,
     DeleteFailures,
+    Memory,
     ObjectInfo,
     Observe,
     check_key,
     check_prefix,
     flat_bytes,
     flat_parts,
+    size_in_bytes,
     wrong_size,
 )
 
@@ -98,21 +100,23 @@ class LocalObjects:
             failures.raise_os_error(error, failures.READING, self.url, key)
         return target[:filled]
 
-    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
+    def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
         """Read a file's beginning into memory; see :meth:`Objects.read_into`."""
-        expected = target.nbytes if size is None else size
+        wanted = size_in_bytes(target)
+        expected = wanted if size is None else size
         try:
             descriptor = os.open(self._path(key), _READ)
             try:
                 found = self._size(descriptor)
                 if found != expected:
                     raise wrong_size(self.url, key, found, expected)
-                filled = self._fill(descriptor, target, observe)
+                parts = [target] if isinstance(target, memoryview) else target
+                filled = sum(self._fill(descriptor, part, observe) for part in parts)
             finally:
                 os.close(descriptor)
         except OSError as error:
             failures.raise_os_error(error, failures.READING, self.url, key)
-        if filled < target.nbytes:
+        if filled < wanted:
             raise wrong_size(self.url, key, filled, expected)
 
     def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:

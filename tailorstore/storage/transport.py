@@ -10,6 +10,9 @@ from tailorstore.domain.errors import InvalidInputError, MissingObjectError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+Memory = memoryview | Sequence[memoryview]
+"""One buffer, or several that are taken one after the other."""
+
 Observe = Callable[[memoryview], None]
 """Is shown an object's bytes block by block, in order, each once, while they are in the processor's cache."""
 
@@ -85,12 +88,13 @@ class Objects(Protocol):
         """
         ...
 
-    def read_into(self, key: str, target: memoryview, observe: Observe | None = None, size: int | None = None) -> None:
-        """Fill ``target`` with the object's first ``len(target)`` bytes.
+    def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
+        """Fill ``target`` with as many of the object's first bytes.
 
         Args:
             key: the object.
-            target: flat writable bytes.
+            target: flat writable bytes; several buffers are filled one after the other, and a buffer may be among them
+                more than once.
             observe: is shown the bytes as they arrive.
             size: what the whole object must measure; by default as much as ``target``.
 
@@ -203,6 +207,11 @@ def joined(data: "Buffer | Sequence[memoryview]") -> memoryview:
     """Return one buffer, or several copied into one; raises as :func:`flat_bytes` does."""
     parts = flat_parts(data)
     return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+def size_in_bytes(target: Memory) -> int:
+    """Return how many bytes one buffer or several take."""
+    return target.nbytes if isinstance(target, memoryview) else sum(part.nbytes for part in target)
 
 
 def wrong_size(root: str, key: str, found: int, expected: int) -> MissingObjectError:

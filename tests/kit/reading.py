@@ -13,6 +13,7 @@ from tailorstore.engine.light.sources import LightSource, Source
 from tailorstore.engine.read import StoredArray
 from tailorstore.storage.documents import chunk_key
 from tailorstore.storage.local import LocalObjects
+from tailorstore.storage.transport import Memory
 from tests.kit.light import WIDTHS
 
 
@@ -22,16 +23,19 @@ class Watched(LocalObjects):
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
         self.read: list[str] = []
-        self.filled: dict[str, range] = {}
+        self.filled: dict[str, list[range]] = {}
 
     def get(self, key: str) -> memoryview:
         self.read.append(key)
         return super().get(key)
 
-    def read_into(self, key: str, target: memoryview, observe: Any = None, size: int | None = None) -> None:
+    def read_into(self, key: str, target: Memory, observe: Any = None, size: int | None = None) -> None:
         self.read.append(key)
-        start = np.frombuffer(target, np.uint8).ctypes.data
-        self.filled[key] = range(start, start + len(target))
+        # Of a chunk that is wanted in part, what comes before and after goes through buffers of up to 256 KiB.
+        parts = [target] if isinstance(target, memoryview) else target
+        for part in parts:
+            start = np.frombuffer(part, np.uint8).ctypes.data if part.nbytes else 0
+            self.filled.setdefault(key, []).append(range(start, start + len(part)))
         super().read_into(key, target, observe, size)
 
 

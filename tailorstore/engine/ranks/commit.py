@@ -51,7 +51,7 @@ from tailorstore.engine.tensors.measures import Gauge, Samples
 from tailorstore.engine.tensors.shards import Part, Sharded
 from tailorstore.engine.tensors.staging import HostArena
 from tailorstore.engine.tensors.tallies import figures, tally_from_json
-from tailorstore.storage.layers import SealedLayer, canonical_json
+from tailorstore.storage.layers import canonical_json
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
@@ -120,7 +120,7 @@ class CollectiveCommitter:
     def _steps(self) -> list[int]:
         return self.publisher.catalog.steps(self.branch, HISTORY) if self.publisher is not None else []
 
-    def prepare(self, request: Request, *, staged: bool) -> CollectivePrepared:
+    def prepare(self, make: Callable[[], Request], *, staged: bool) -> CollectivePrepared:
         """Agree on what to write and announce it; copy this rank's share to the host if ``staged``.
 
         Raises:
@@ -135,7 +135,7 @@ class CollectiveCommitter:
                 # What fails on a rank in here is raised on all of them: where they next wait for each other.
                 if self.ranks.is_coordinator and self.publisher is None:
                     self.publisher = self.open_publisher()
-                return self._prepare(request, staged=staged)
+                return self._prepare(make(), staged=staged)
         except BaseException:
             if self._announced is not None:
                 self._abandon(self._announced)
@@ -156,7 +156,7 @@ class CollectiveCommitter:
         self._follow(said[0][2], [head for *_, head in said])
         local = local_capture(captured, _spokesman(whole, ranks.rank))
         verdict, decision = self._announce(request, whole, local)
-        samples = self.gauge.sample(local, [name for name in verdict.due if name in local.layers])
+        samples = self._sampled(local, verdict.due)
         if extra is not None and decision is not None:
             extra.content[STATE] = decision.state
             extra = settled_extra(extra, staged=staged)
@@ -295,6 +295,11 @@ class CollectiveCommitter:
                     self.gauge.seed(name, _stored_parts(contents, layer))
                 except (MissingObjectError, DigestMismatchError, CorruptDocumentError) as error:
                     tell_uncomparable(name, error)
+
+    def _sampled(self, local: Capture, due: Mapping[str, Fidelity]) -> Samples:
+        """Sample what this rank speaks for of the layers that are due, and forget what it knew of the others."""
+        samples = self.gauge.sample(local, [name for name in due if name in local.layers])
+        return replace(samples, layers={**{name: {} for name in due}, **samples.layers})
 
     def _decide(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tailorstore.domain.errors import InvalidInputError, RanksDisagreeError
+from tailorstore.domain.errors import AccessDeniedError, InvalidInputError, RanksDisagreeError
 from tailorstore.domain.names import new_id, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER
 from tailorstore.engine.ranks.group import Ranks
@@ -86,11 +86,13 @@ def _check_root(ranks: Ranks, objects: Objects) -> None:
         shown = "; ".join(f"{url} on rank {urls.index(url)}" for url in dict.fromkeys(urls))
         msg = f"the ranks opened different stores: {shown}. Open the same one on every rank; nothing was written"
         raise RanksDisagreeError(msg)
-    # GC takes it for what a crashed commit left, should this process die before it is deleted.
-    key = ranks.share(version_prefix(EXTRA_LAYER, new_id()) + "probe" if ranks.is_coordinator else None)
+    key: str | None = None
     with ranks.together("writing to the root"):
         if ranks.is_coordinator:
-            objects.put(key, b"Is this the same place for all ranks?")
+            key = _leave_word(objects)
+    key = ranks.share(key)
+    if key is None:
+        return
     try:
         found = False
         with ranks.together("reading from the root"):
@@ -107,3 +109,14 @@ def _check_root(ranks: Ranks, objects: Objects) -> None:
             " nothing was written"
         )
         raise RanksDisagreeError(msg)
+
+
+def _leave_word(objects: Objects) -> str | None:
+    """Put an object down, and return its key; ``None`` where the root can only be read: then nothing can be lost."""
+    # GC takes it for what a crashed commit left, should this process die before it is deleted.
+    key = version_prefix(EXTRA_LAYER, new_id()) + "probe"
+    try:
+        objects.put(key, b"Is this the same place for all ranks?")
+    except AccessDeniedError:
+        return None
+    return key

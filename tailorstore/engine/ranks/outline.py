@@ -147,7 +147,7 @@ class _Union:
                     self._add_array(group, name, path, dtype, tuple(shape), kind)
 
     def _told_already(self, layer: str, content: Mapping[str, Any]) -> set[str]:
-        """Return the arrays of a group's extra states that lower ranks have told: theirs count, whatever is in these."""
+        """Return the arrays of those extra states of a group that lower ranks have too: theirs count."""
         known = self._contents[layer]["states"]
         return {path for key, value in content["states"].items() if key in known for path in paths_in(value)}
 

@@ -76,7 +76,8 @@ def _replicas(rank: int, whole: Whole, captured: Capture) -> Iterator[tuple[tupl
     for name, layer in captured.layers.items():
         for path, owner in _compared(layer):
             for holding in whole.holdings[name][path]:
-                if rank in holding.ranks and len(holding.ranks) > 1:
+                shared = rank in holding.ranks and len(holding.ranks) > 1
+                if shared and all(start < stop for start, stop in holding.box):
                     yield holding.ranks, owner, _sample(view_of(layer, path, holding.box))
 
 

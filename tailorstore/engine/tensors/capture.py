@@ -196,6 +196,12 @@ def optimizers_of(optim: Optim) -> list[OptimizerLike]:
     unwrapped = []
     for item in found:
         inner = _unwrap_optimizer(item)
+        if type(inner).__name__ == "ZeroRedundancyOptimizer":
+            msg = (
+                "optim: a ZeroRedundancyOptimizer keeps each parameter's state on one rank only, where no slot of the"
+                " others can be found; use FSDP2 (fully_shard), whose slots are stored from every rank"
+            )
+            raise InvalidInputError(msg)
         if not isinstance(inner, torch.optim.Optimizer | Mapping):
             msg = f"optim must be torch optimizers or state dicts keyed by parameter name, not {type(item).__name__}"
             raise InvalidInputError(msg)
