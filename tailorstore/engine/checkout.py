@@ -13,7 +13,7 @@ from tailorstore.domain.condition import Bounds, CompositeWarning, LayerConditio
 from tailorstore.domain.errors import BoundsExceededError, InvalidInputError
 from tailorstore.domain.names import Ref, layer_component, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
-from tailorstore.engine.contents import CompositeContents, paths_in, ranks_of, stored_tensor
+from tailorstore.engine.contents import OF_RANKS, CompositeContents, paths_in, ranks_of, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
 from tailorstore.engine.lazy_mapping import LazyMapping
@@ -147,6 +147,11 @@ class Checkpoint:
         """
         return self._contents.extra_part("extra", {})
 
+    @property
+    def extras(self) -> list[Any]:
+        """What each rank that committed passed as ``extra``, by rank; of a process alone, a list of one."""
+        return self._contents.extras()
+
     def model_state_dict(self) -> dict[str, Any]:
         """Read every model tensor into host memory; ready for ``model.load_state_dict``.
 
@@ -235,7 +240,21 @@ class Checkpoint:
                 finish()
             if rng:
                 self.restore_rng()
+            self._tell_other_ranks(ranks)
             return self.extra
+
+    def _tell_other_ranks(self, ranks: Ranks | None) -> None:
+        """Warn where ranks had extra state of their own, and now are as many no longer."""
+        content = self._contents.extra_content()
+        size = ranks.size if ranks is not None else 1
+        own = content.get(OF_RANKS)
+        differing = isinstance(own, list) and any("extra" in part for part in own)
+        if differing and ranks_of(content) != size and (ranks is None or ranks.is_coordinator):
+            logger.warning(
+                "step %d was committed by %d ranks, each with extra state of its own, and is restored by %d: all get"
+                " rank 0's; Checkpoint.extras has all of them",
+                *(self.step, ranks_of(content), size),
+            )
 
     def ranks(self) -> Ranks | None:
         """Return the ranks that restore together, once none of them commits; ``None``: this process alone."""

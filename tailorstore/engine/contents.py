@@ -147,6 +147,13 @@ class CompositeContents:
         rank, size = self._rank
         return {**content, **content[OF_RANKS][rank]} if ranks_of(content) == size > 1 else content
 
+    def extras(self) -> list[Any]:
+        """Return what the caller of each rank that committed passed as extra, by rank."""
+        content = self.documents()[EXTRA_LAYER].content if EXTRA_LAYER in self._composite.versions else {}
+        own = content.get(OF_RANKS)
+        parts = own if isinstance(own, list) else [{}]
+        return [unpack(part.get("extra", content.get("extra", {})), self.extra_loader()) for part in parts]
+
     def extra_part(self, part: str, default: Any) -> Any:  # noqa: ANN401
         """Return one part of ``@extra``, unpacked; ``default`` where there is none."""
         content = self.extra_content()

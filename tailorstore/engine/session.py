@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from tailorstore.catalog.catalog import Catalog, StoreCatalog
-from tailorstore.domain.errors import ClosedError, RootTakenError
+from tailorstore.domain.errors import ClosedError, RootTakenError, StoreNotFoundError
 from tailorstore.domain.records import Binding, RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.opening import Opened, fingerprint, load_history, open_copy, open_root
@@ -51,7 +51,19 @@ class Session:
         if self._now is not None:
             return self._now
         self.check_open()
-        return self._use(open_root(self.objects, self._catalog_url, create=False))
+        try:
+            return self._use(open_root(self.objects, self._catalog_url, create=False))
+        except StoreNotFoundError as error:
+            msg = (
+                f"this rank sees no store at {self.objects.url}: rank 0 makes it when it opens it. If it has, this is"
+                " not the same place for all ranks: use a bucket or a shared file system"
+            )
+            raise StoreNotFoundError(msg) from error
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is known that this process may not write; opens nothing."""
+        return self._now is not None and not self.writable
 
     @property
     def _opened(self) -> Opened:

@@ -372,7 +372,7 @@ class Store:
 
     def __repr__(self) -> str:
         """Name root and branch."""
-        return f"<Store {self.url} on {self.branch_name!r}{'' if self.writable else ', read-only'}>"
+        return f"<Store {self.url} on {self.branch_name!r}{', read-only' if self._session.is_read_only else ''}>"
 
     def _refresh(self) -> None:
         # What this store has begun to commit is part of what it shows; an error is for `commit`, `result` and `close`.

@@ -12,24 +12,22 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
 import numpy as np
 import torch.distributed as dist
 
-from tailorstore.domain import errors
 from tailorstore.domain.errors import (
     ClosedError,
     InvalidInputError,
     RankLostError,
-    RanksDisagreeError,
     TailorError,
-    UnavailableError,
 )
 from tailorstore.engine.ranks.boxes import Box, Bytes, Window
-from tailorstore.engine.ranks.wire import DIED, Lost, Wire
+from tailorstore.engine.ranks.waiting import Waiting
+from tailorstore.engine.ranks.wire import DIED, Wire
+from tailorstore.engine.ranks.words import GO_ON, OR_ANOTHER, Answer, Refusal, Word, json_bytes, lost_error, objection
 
 COORDINATOR: Final = 0
 TIMEOUT: Final = timedelta(minutes=10)
@@ -37,78 +35,6 @@ TIMEOUT: Final = timedelta(minutes=10)
 
 _KNOWN_TO: Final = "_tailorstore_known_to"
 """The attribute of an error that all ranks know of already: the id of the `Ranks` that told them."""
-
-_SHORT_BYTES: Final = 2048
-"""What all ranks said together goes along with the coordinator's answer if it is no longer; else along a tree."""
-
-_GO_ON: Final = "start the training anew from the store, which holds every commit that was published"
-_OR_ANOTHER: Final = ", or gave up because another rank was lost; its own error says which"
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    """The error that every rank raises instead of going on."""
-
-    error: str
-    message: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> "_Refusal":
-        """Describe an error by the nearest class that the other ranks have too."""
-        for base in type(error).__mro__:
-            if issubclass(base, TailorError) and getattr(errors, base.__name__, None) is base:
-                return cls(base.__name__, str(error))
-        return cls(UnavailableError.__name__, f"{type(error).__name__}: {error}")
-
-    def as_error(self) -> TailorError:
-        """Return a new error."""
-        error: TailorError = getattr(errors, self.error)(self.message)
-        return error
-
-
-@dataclass(frozen=True, slots=True)
-class _Word:
-    """What a rank brings to a round."""
-
-    call: str
-    failure: _Refusal | None
-    data: bytes
-
-    def packed(self) -> bytes:
-        return _json([self.call, _listed(self.failure)]) + b"\n" + self.data
-
-    @classmethod
-    def unpacked(cls, packed: bytes) -> "_Word":
-        head, _, data = packed.partition(b"\n")
-        call, failure = json.loads(head)
-        return cls(call, failure and _Refusal(*failure), data)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the coordinator makes of all words: an error for everybody, or what each rank said.
-
-    `last`: some ranks are lost, so nothing will be said after this.
-    """
-
-    refusal: _Refusal | None
-    last: bool = False
-    sizes: tuple[int, ...] = ()
-    said: bytes = b""
-
-    def packed(self) -> bytes:
-        along = self.said if self.is_short else b""
-        return _json([_listed(self.refusal), self.last, self.sizes]) + b"\n" + along
-
-    @classmethod
-    def unpacked(cls, packed: bytes) -> "_Answer":
-        head, _, said = packed.partition(b"\n")
-        refusal, last, sizes = json.loads(head)
-        return cls(refusal and _Refusal(*refusal), last, tuple(sizes), said)
-
-    @property
-    def is_short(self) -> bool:
-        return sum(self.sizes) <= _SHORT_BYTES
 
 
 class Ranks:
@@ -135,9 +61,10 @@ class Ranks:
         self._process = os.getpid()
         self._patience = timeout.total_seconds()
         self._doing = ""
-        self._end: _Refusal | None = None
+        self._end: Refusal | None = None
         self._boxes = _new_boxes() if wire else []
         self._turn = 0
+        self._waiting = Waiting()
         self._shelves: dict[int, int] = {}
         self._windows: dict[int, list[Window]] = {}
         mine = [[box.path, box.token.hex()] for box in self._boxes]
@@ -168,7 +95,15 @@ class Ranks:
         if not isinstance(members, dist.ProcessGroup):
             msg = f"rank {dist.get_rank()} is not a member of the group; only members may open a store with it"
             raise InvalidInputError(msg)
-        return cls.alone() if members.size() == 1 else cls(Wire.connect(members, timeout), timeout)
+        if members.size() == 1:
+            return cls.alone()
+        waiting = Waiting()
+        waiting.begin(f"rank {members.rank()} of {members.size()} waits for the others to use the store")
+        try:
+            wire = Wire.connect(members, timeout)
+        finally:
+            waiting.close()
+        return cls(wire, timeout)
 
     @classmethod
     def alone(cls) -> "Ranks":
@@ -192,7 +127,7 @@ class Ranks:
             RanksDisagreeError: some ranks are in another call. All raise it.
             TailorError: a rank failed in :meth:`together` while others were here. All raise it.
         """
-        return [json.loads(one) for one in self.gather_bytes(_json(value))]
+        return [json.loads(one) for one in self.gather_bytes(json_bytes(value))]
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return what every rank passed, in the order of ranks, on every rank; errors as in :meth:`gather`."""
@@ -200,7 +135,7 @@ class Ranks:
 
     def share(self, value: Any) -> Any:  # noqa: ANN401 - JSON data
         """Return the coordinator's value on every rank; the others' is ignored. As :meth:`gather` otherwise."""
-        return json.loads(self.share_bytes(_json(value) if self.is_coordinator else None))
+        return json.loads(self.share_bytes(json_bytes(value) if self.is_coordinator else None))
 
     def share_bytes(self, data: bytes | None, source: int = COORDINATOR) -> bytes:
         """Return the bytes of rank `source` on every rank; errors as in :meth:`gather`.
@@ -240,7 +175,7 @@ class Ranks:
         shelves, self._shelves = self._shelves, {}
         # A box is looked into until the others come to their next exchange: the one after that may have it again.
         turn, self._turn = self._turn, 1 - self._turn
-        said = self._round("exchanging", _json(list(shelves.items())))
+        said = self._round("exchanging", json_bytes(list(shelves.items())))
         if self.size == 1:
             return {}
         on_shelves = {rank: dict(json.loads(said[rank])).get(self.rank) for rank in incoming}
@@ -251,7 +186,7 @@ class Ranks:
                 self._patience,
             )
             if lost:
-                raise _lost_error(lost, self._call("exchanging"), _OR_ANOTHER)
+                raise lost_error(lost, self._call("exchanging"), OR_ANOTHER)
             for rank, at in on_shelves.items():
                 if at is not None:
                     arrived[rank] = self._windows[rank][turn].look(at, incoming[rank])
@@ -286,11 +221,12 @@ class Ranks:
     def close(self) -> None:
         """Close the connections; ranks that still wait for this one get a RankLostError. Twice does no harm."""
         self._wire = None
+        self._waiting.close()
         self._windows = {}
         for box in self._boxes:
             box.close()
         self._boxes = []
-        self._end = _Refusal(ClosedError.__name__, "these ranks were closed with their store; open it again")
+        self._end = Refusal(ClosedError.__name__, "these ranks were closed with their store; open it again")
 
     def _open_windows(self, boxes: Sequence[Sequence[Sequence[str]]]) -> dict[int, list[Window]]:
         """Return windows into the boxes of this host's other ranks, by rank."""
@@ -308,18 +244,18 @@ class Ranks:
     def _tell(self, error: BaseException) -> None:
         """Tell the others that this rank has failed, and raise what all raise; return if its own error is to go on."""
         try:
-            self._round("", b"", _Refusal.of(error))
+            self._round("", b"", Refusal.of(error))
         except TailorError as agreed:
             if isinstance(error, Exception):
                 raise agreed from error
             setattr(error, _KNOWN_TO, id(self))
 
-    def _round(self, kind: str, data: bytes, failure: _Refusal | None = None) -> list[bytes]:
+    def _round(self, kind: str, data: bytes, failure: Refusal | None = None) -> list[bytes]:
         """Return what every rank brought, or raise what all raise."""
         if self.size == 1 and self._end is None:
             return [data]
-        mine = _Word(self._call(kind), failure, data)
-        with self._joined() as wire:
+        mine = Word(self._call(kind), failure, data)
+        with self._joined() as wire, self._patient(mine.call):
             answer = self._preside(wire, mine) if self.is_coordinator else self._attend(wire, mine)
             said = answer.said if answer.is_short else self._spread(wire, answer, mine.call)
         if answer.refusal is not None:
@@ -329,43 +265,52 @@ class Ranks:
         ends = itertools.accumulate(answer.sizes)
         return [said[end - size : end] for size, end in zip(answer.sizes, ends, strict=True)]
 
-    def _preside(self, wire: Wire, mine: _Word) -> _Answer:
+    def _preside(self, wire: Wire, mine: Word) -> Answer:
         """Hear all ranks, and tell them what follows."""
         others = range(1, self.size)
         packed, lost = wire.receive(others, self._patience)
-        words = [mine, *(_Word.unpacked(packed[rank]) for rank in others if rank in packed)]
-        refusal = _Refusal.of(_lost_error(lost, mine.call)) if lost else _objection(words)
+        words = [mine, *(Word.unpacked(packed[rank]) for rank in others if rank in packed)]
+        refusal = Refusal.of(lost_error(lost, mine.call)) if lost else objection(words)
         data = [] if refusal else [word.data for word in words]
-        answer = _Answer(refusal, bool(lost), tuple(map(len, data)), b"".join(data))
+        answer = Answer(refusal, bool(lost), tuple(map(len, data)), b"".join(data))
         # Also if some are lost: the others are still there to be told, unless the connections closed with the wait.
         unheard = wire.send(answer.packed(), [rank for rank in others if rank not in lost], self._patience)
         # A rank that died after it was heard is found out, and named to all, in the next round.
         if lost := lost or {rank: reason for rank, reason in unheard.items() if reason != DIED}:
-            raise _lost_error(lost, mine.call)
+            raise lost_error(lost, mine.call)
         return answer
 
-    def _attend(self, wire: Wire, mine: _Word) -> _Answer:
+    def _attend(self, wire: Wire, mine: Word) -> Answer:
         """Have oneself heard by the coordinator, and hear what follows."""
         lost = wire.send(mine.packed(), [COORDINATOR], 2 * self._patience)
         packed: dict[int, bytes] = {}
         if not lost:
             packed, lost = wire.receive([COORDINATOR], 2 * self._patience)
         if lost:
-            raise _lost_error(lost, mine.call, _OR_ANOTHER)
-        answer = _Answer.unpacked(packed[COORDINATOR])
+            raise lost_error(lost, mine.call, OR_ANOTHER)
+        answer = Answer.unpacked(packed[COORDINATOR])
         if answer.refusal is not None and answer.last:
             raise answer.refusal.as_error()
         return answer
 
-    def _spread(self, wire: Wire, answer: _Answer, call: str) -> bytes:
+    def _spread(self, wire: Wire, answer: Answer, call: str) -> bytes:
         """Return on all ranks what all ranks said, which the coordinator has."""
         said = np.empty(sum(answer.sizes), np.uint8)
         if self.is_coordinator:
             said[:] = np.frombuffer(answer.said, np.uint8)
         if not wire.spread(said, COORDINATOR, self._patience):
-            msg = f"a rank died or did not answer while {call}; {_GO_ON}"
+            msg = f"a rank died or did not answer while {call}; {GO_ON}"
             raise RankLostError(msg)
         return said.tobytes()
+
+    @contextlib.contextmanager
+    def _patient(self, call: str) -> Iterator[None]:
+        """Say so when the others are waited for very long: most often one of them never called."""
+        self._waiting.begin(f"rank {self.rank} of {self.size} waits for the others, {call}")
+        try:
+            yield
+        finally:
+            self._waiting.end()
 
     def _call(self, kind: str) -> str:
         return f"{self._doing} ({kind})" if self._doing and kind else self._doing or kind
@@ -384,7 +329,7 @@ class Ranks:
             self._wire.cut()
             self._wire = None
             reason = str(error) or type(error).__name__
-            self._end = _Refusal(
+            self._end = Refusal(
                 RankLostError.__name__, f"the ranks of this store are no longer connected, since: {reason}"
             )
             raise
@@ -396,44 +341,3 @@ def _new_boxes() -> list[Box]:
         return [Box(), Box()]
     except (OSError, AttributeError):
         return []
-
-
-def _objection(words: Sequence[_Word]) -> _Refusal | None:
-    """Return the error that all ranks must raise: one's failure, or that they are in different calls."""
-    failed = [rank for rank, word in enumerate(words) if word.failure is not None]
-    for rank in failed[:1]:
-        word = words[rank]
-        also = f" ({_named(failed[1:])} failed too)" if failed[1:] else ""
-        if word.failure is not None:
-            return _Refusal(word.failure.error, f"rank {rank}, while {word.call}: {word.failure.message}{also}")
-    calls: dict[str, list[int]] = {}
-    for rank, word in enumerate(words):
-        calls.setdefault(word.call, []).append(rank)
-    if len(calls) == 1:
-        return None
-    where = "; ".join(f"{_named(ranks)}: {call}" for call, ranks in calls.items())
-    return _Refusal(
-        RanksDisagreeError.__name__,
-        f"the ranks are in different calls ({where}); every rank must call the same of the store in the same order",
-    )
-
-
-def _lost_error(lost: Lost, call: str, unless: str = "") -> RankLostError:
-    reasons: dict[str, list[int]] = {}
-    for rank, reason in sorted(lost.items()):
-        reasons.setdefault(reason, []).append(rank)
-    who = ", ".join(f"{_named(ranks)} {reason}" for reason, ranks in reasons.items())
-    return RankLostError(f"{who} while {call}{unless}; {_GO_ON}")
-
-
-def _named(ranks: Sequence[int]) -> str:
-    *most, last = map(str, ranks)
-    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
-
-
-def _listed(refusal: _Refusal | None) -> list[str] | None:
-    return None if refusal is None else [refusal.error, refusal.message]
-
-
-def _json(value: Any) -> bytes:  # noqa: ANN401 - JSON data
-    return json.dumps(value, separators=(",", ":")).encode()

@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from tailorstore.domain.chunks import Box, box_of
-from tailorstore.domain.errors import RanksDisagreeError
+from tailorstore.domain.errors import InvalidInputError, RanksDisagreeError
 from tailorstore.domain.holdings import Holding, holdings_of
 from tailorstore.engine.contents import paths_in
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
@@ -201,9 +201,14 @@ class _Union:
                 key = (path in lowest_only, shape, *((id(group), kind) for group, kind in places))
                 if key not in known:
                     name = f"array {path!r} of layer {layer!r}"
-                    known[key] = holdings_of(
-                        name, shape, _boxes_by_rank(places, shape, lowest_only=path in lowest_only)
-                    )
+                    boxes = _boxes_by_rank(places, shape, lowest_only=path in lowest_only)
+                    try:
+                        known[key] = holdings_of(name, shape, boxes)
+                    except InvalidInputError as error:
+                        msg = (
+                            f"the ranks hold parts of different models: {error}. {_who_has(places)}; nothing is written"
+                        )
+                        raise RanksDisagreeError(msg) from error
                 held[path] = known[key]
         return found
 
@@ -243,6 +248,12 @@ def _merge_groups(of_ranks: Sequence[Sequence[Any]]) -> list[Any]:
 def _told_by_one(content: Mapping[str, Any]) -> set[str]:
     """Return the arrays of buffers and extra states: ranks may have others, and those of the lowest count."""
     return {path for section in ("buffers", "states") for path in paths_in(content[section])}
+
+
+def _who_has(places: Sequence[tuple[_Group, int]]) -> str:
+    ranks = sorted(rank for group, _ in places for rank in group.ranks)
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"It is in the model of rank {shown}"
 
 
 def _boxes_by_rank(

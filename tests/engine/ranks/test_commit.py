@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import tailorstore as ts
 from tailorstore.domain.errors import StorageFullError
@@ -109,6 +111,10 @@ def _mistakes(folder: str) -> dict[str, str]:
         trying("old step", lambda: store.commit(1, model, optimizer))
         other = {"head.weight": torch.zeros(3 + rank, 3)}
         trying("shapes", lambda: store.commit(2, other))
+        tail = nn.Linear(3, 3)
+        fully_shard(tail, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        longer = nn.ModuleDict({"tail": tail} if rank else {"head": nn.Linear(3, 3)})
+        trying("models", lambda: store.commit(2, longer))
         head = nn.Linear(3, 3)
         nn.init.constant_(head.weight, rank)
         apart = nn.ModuleDict({"head": head})
@@ -150,6 +156,9 @@ def test_mistakes_are_told_to_all_ranks_and_nothing_is_written(tmp_path: Path) -
     assert "[3, 3] on rank 0" in first["shapes"]
     assert "[4, 3] on rank 1" in first["shapes"]
     assert "'head.weight' on ranks 0 and 1" in first["replicas"]
+    assert first["models"] == second["models"]
+    assert "different models" in first["models"]
+    assert "in the model of rank 1, 2;" in first["models"]
     assert "different stores" in first["other store"]
     assert first["memory"].startswith("RanksDisagreeError")
     assert first["head"] == "1"
@@ -359,3 +368,25 @@ def _behind(url: str) -> list[Any]:
 def test_commits_behind_the_trainers_back_do_not_meet_its_collectives(tmp_path: Path) -> None:
     found = run_ranks(_behind, 2, f"file://{tmp_path}/root", timeout=120)
     assert [one[:2] for one in found] == [[5, True]] * 2
+
+
+def _extras(url: str) -> list[Any]:
+    model, optimizer = in_layout("sharded")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with ts.open_store(url) as store:
+        store.commit(size, model, optimizer, extra={"rank": rank, "seen": torch.full((2,), rank)})
+        with store.checkout("2") as found:
+            own = found.restore(model, optimizer)
+            return [own["rank"], own["seen"].tolist(), [one["rank"] for one in found.extras]]
+
+
+def test_each_rank_gets_its_own_extra_back_and_other_numbers_of_ranks_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"file://{tmp_path}/root"
+    assert run_ranks(_extras, 2, url) == [[0, [0, 0], [0, 1]], [1, [1, 1], [0, 1]]]
+    assert run_ranks(_extras, 3, url) == [[0, [0, 0], [0, 1]]] * 3
+    model, optimizer = reference()
+    with ts.open_store(url) as store, store.checkout("2") as found:
+        assert found.restore(model, optimizer)["rank"] == 0
+    assert "committed by 2 ranks, each with extra state of its own, and is restored by 1" in caplog.text

@@ -24,8 +24,9 @@ from tailorstore.domain.errors import (
     RankLostError,
     StorageFullError,
 )
-from tailorstore.engine.ranks.group import Ranks, _Word
+from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.ranks.wire import MESSAGE_BYTES
+from tailorstore.engine.ranks.words import Word
 from tests.kit.ranks import RanksFailedError, die, run_ranks
 
 SHORT = timedelta(seconds=3)
@@ -251,7 +252,7 @@ def _interrupted(ranks: Ranks) -> list[str]:
         with ranks.together("hashing"):
             if ranks.rank == 1:
                 with ranks._joined() as wire:
-                    wire.send(_Word("hashing (gathering)", None, b"1").packed(), [0], 60)
+                    wire.send(Word("hashing (gathering)", None, b"1").packed(), [0], 60)
                     raise KeyboardInterrupt
             ranks.gather(1)
             ranks.gather(2)
@@ -345,12 +346,12 @@ def _inside_with_nothing(ranks: Ranks) -> None:
 
 def _speak(ranks: Ranks, call: str) -> None:
     with ranks._joined() as wire:
-        wire.send(_Word(call, None, b"1").packed(), [0], 60)
+        wire.send(Word(call, None, b"1").packed(), [0], 60)
 
 
 def _hear(ranks: Ranks, call: str) -> None:
     with ranks._joined() as wire:
-        ranks._attend(wire, _Word(call, None, b""))
+        ranks._attend(wire, Word(call, None, b""))
 
 
 def _exchange_much(ranks: Ranks) -> None:
