@@ -127,6 +127,7 @@ class Committer:
                 self.publisher.abandon(commit_id)
                 raise
         logical = sum(layer.nbytes for layer in captured.layers.values()) + extra.nbytes
+        logical += head.bytes_beside(captured.layers) if head else 0
         draft = CommitDraft(
             id=commit_id,
             step=request.step,

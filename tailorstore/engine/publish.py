@@ -4,7 +4,7 @@ The publication is one SQL transaction that compares the branch's head; everythi
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from tailorstore.catalog.catalog import StoreCatalog
@@ -44,6 +44,11 @@ class Head:
         if version.fidelity == "full":
             return version, self.documents[layer]
         return self.composite.bases[layer], self.base_documents[layer]
+
+    def bytes_beside(self, layers: Collection[str]) -> int:
+        """Return the size of the tensors of all layers but these and ``@extra``."""
+        versions = self.composite.versions.items()
+        return sum(version.bytes_logical for name, version in versions if name not in {*layers, EXTRA_LAYER})
 
     def layer_documents(self) -> dict[str, LayerDocument]:
         """Return the documents of all layers but ``@extra``."""

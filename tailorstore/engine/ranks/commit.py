@@ -165,6 +165,7 @@ class CollectiveCommitter:
         moved = frozenset(name for name, found in verdict.measures.items() if found.drift)
         task = Task(verdict.commit_id, request.step, whole, verdict.due, plan, pieces, extra, self.head, moved)
         logical = sum(layer.nbytes for layer in whole.captured.layers.values()) + (extra.nbytes if extra else 0)
+        logical += self.head.bytes_beside(whole.captured.layers) if self.head else 0
         draft = CommitDraft(
             id=verdict.commit_id,
             step=request.step,
