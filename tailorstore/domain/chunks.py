@@ -31,6 +31,11 @@ class Chunk:
     """Elements its object holds, padding included."""
 
     @property
+    def cut(self) -> int:
+        """The dimension along which its parts follow each other in memory: the first with more than one element."""
+        return next((at for at, (start, stop) in enumerate(self.box) if stop - start > 1), 0)
+
+    @property
     def slices(self) -> tuple[slice, ...]:
         """The box as an index expression."""
         return tuple(slice(start, stop) for start, stop in self.box)

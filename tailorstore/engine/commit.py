@@ -28,7 +28,7 @@ from tailorstore.engine.light.lighten import lightening_jobs
 from tailorstore.engine.light.planning import plan_light
 from tailorstore.engine.observed import HISTORY
 from tailorstore.engine.plan import Layout, LightPlan, PlannedLayer, due_layers, plan_layer
-from tailorstore.engine.publish import ANNOUNCE_ATTEMPTS, Head, Publisher, check_binding
+from tailorstore.engine.publish import ANNOUNCE_ATTEMPTS, Head, Publisher, check_binding, too_fast
 from tailorstore.engine.selection import STATE, Decision, Selector
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, Model, Optim, capture
 from tailorstore.engine.tensors.device_codes import codes_on_device
@@ -180,7 +180,7 @@ class Committer:
                 except BaseException:
                     publisher.abandon(commit_id)
                     raise
-        raise publisher.too_fast(request.step)
+        raise too_fast(publisher.branch, request.step)
 
     def _seed(self, head: Head, captured: Capture) -> None:
         """Take what is stored as what the layers moved from, where nothing is known of that."""

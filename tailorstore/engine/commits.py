@@ -4,10 +4,9 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import TypeVar
 
-from tailorstore.domain.errors import InvalidInputError, TailorError
+from tailorstore.domain.errors import TailorError
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.names import LayerRule
 from tailorstore.domain.records import Commit, LayerDocument
@@ -204,6 +203,5 @@ class Commits:
     def _leave_parent(self) -> None:
         self._lock = threading.Lock()
         self._pending = None
-        with suppress(InvalidInputError):
-            self._setting = self._setting.of_child()
+        self._setting = self._setting.of_child()
         self._ranks = None

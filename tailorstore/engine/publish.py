@@ -114,11 +114,6 @@ class Publisher:
         self.catalog.abandon(commit_id)
         return False
 
-    def too_fast(self, step: int) -> HeadMovedError:
-        """Return the error for a branch that somebody else commits on all the time."""
-        msg = f"branch {self.branch!r} moves faster than step {step} can be announced; commit on your own branch"
-        return HeadMovedError(msg)
-
     def abandon(self, commit_id: str) -> None:
         """Give an announced commit up."""
         self.keeper.forget(commit_id)
@@ -176,6 +171,12 @@ class Publisher:
             bytes_written=sum(layer.version.bytes_stored for layer in sealed.values()),
             bytes_logical=draft.bytes_logical,
         )
+
+
+def too_fast(branch: str, step: int) -> HeadMovedError:
+    """Return the error for a branch that somebody else commits on all the time."""
+    msg = f"branch {branch!r} moves faster than step {step} can be announced; commit on your own branch"
+    return HeadMovedError(msg)
 
 
 def check_binding(objects: Objects, binding: Binding) -> None:

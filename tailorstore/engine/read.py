@@ -192,7 +192,7 @@ def _memory(array: StoredArray, chunk: Chunk, part: Part) -> list[memoryview] | 
         return [as_bytes(part.tensor)] if is_plain(part.tensor) else None
     shared = meet(chunk.box, part.box)
     assert shared is not None  # noqa: S101 (the chunk is one that meets the part)
-    cut = next((at for at, (start, stop) in enumerate(chunk.box) if stop - start > 1), 0)
+    cut = chunk.cut
     target = part.tensor[within(shared, part.box)]
     if shared[cut + 1 :] != chunk.box[cut + 1 :] or not is_plain(target):
         return None

@@ -5,7 +5,6 @@ catalog, decides and announces; every rank writes its share; the coordinator pub
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,6 @@ from tailorstore.domain.chunks import box_of
 from tailorstore.domain.errors import (
     CorruptDocumentError,
     DigestMismatchError,
-    HeadMovedError,
     MissingObjectError,
     RankLostError,
     RanksDisagreeError,
@@ -28,7 +26,7 @@ from tailorstore.engine.contents import CompositeContents
 from tailorstore.engine.light.bases import BaseCache, default_limit_bytes
 from tailorstore.engine.observed import HISTORY
 from tailorstore.engine.plan import Layout, due_layers
-from tailorstore.engine.publish import ANNOUNCE_ATTEMPTS, Head, Publisher, check_binding, following
+from tailorstore.engine.publish import ANNOUNCE_ATTEMPTS, Head, Publisher, check_binding, following, too_fast
 from tailorstore.engine.ranks.extra import gather_extra, own_extra, settled_extra
 from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.ranks.local import local_capture
@@ -44,6 +42,7 @@ from tailorstore.engine.ranks.records_json import (
     measures_to_json,
 )
 from tailorstore.engine.ranks.replicas import check_replicas, digests_of, sampled_replicas
+from tailorstore.engine.ranks.words import listed
 from tailorstore.engine.ranks.writing import CollectiveWriter, Task
 from tailorstore.engine.selection import STATE, Decision, Selector
 from tailorstore.engine.tensors.capture import Capture, LayerCapture, capture, slots_of, weights_of
@@ -53,9 +52,6 @@ from tailorstore.engine.tensors.staging import HostArena
 from tailorstore.engine.tensors.tallies import figures, tally_from_json
 from tailorstore.storage.layers import canonical_json
 from tailorstore.storage.transport import Objects
-
-logger = logging.getLogger("tailorstore")
-
 
 _NOTHING = LayerMeasures(None, None, None, None, None)
 
@@ -163,7 +159,7 @@ class CollectiveCommitter:
         plan = plan_writing(whole, verdict.due, self.layout, ranks.hosts, ranks.rank)
         pieces = own_pieces(plan, captured, ranks.rank, self.arena if staged else None)
         moved = frozenset(name for name, found in verdict.measures.items() if found.drift)
-        task = Task(verdict.commit_id, request.step, whole, verdict.due, plan, pieces, extra, self.head, moved)
+        task = Task(verdict.commit_id, request.step, whole, plan, pieces, extra, self.head, moved)
         logical = sum(layer.nbytes for layer in whole.captured.layers.values()) + (extra.nbytes if extra else 0)
         logical += self.head.bytes_beside(whole.captured.layers) if self.head else 0
         draft = CommitDraft(
@@ -255,10 +251,7 @@ class CollectiveCommitter:
             verdict = ranks.share(described)
             if verdict is not None:
                 return Verdict(verdict["id"], verdict["due"], measures_from_json(verdict["measures"])), decision
-        msg = (
-            f"branch {self.branch!r} moves faster than step {request.step} can be announced; commit on your own branch"
-        )
-        raise HeadMovedError(msg)
+        raise too_fast(self.branch, request.step)
 
     def _look(self) -> bool:
         """Bring the coordinator to the branch's head; return whether somebody else has written since."""
@@ -347,8 +340,7 @@ def check_agreement(said: list[Mapping[str, Any]], what: str) -> None:
 
 
 def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+    return f"rank {listed(ranks)}" if len(ranks) == 1 else f"ranks {listed(ranks)}"
 
 
 def _mask_text(mask: Mask) -> str:

@@ -15,7 +15,16 @@ from tailorstore.engine.commit import capture_extra
 from tailorstore.engine.contents import OF_RANKS, paths_in
 from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
-from tailorstore.engine.tensors.memory import DTYPES, Tensor, as_bytes, empty_host, name_of, resolved, wait_for_devices
+from tailorstore.engine.tensors.memory import (
+    DTYPES,
+    Tensor,
+    as_bytes,
+    empty_host,
+    host_bytes,
+    name_of,
+    resolved,
+    wait_for_devices,
+)
 from tailorstore.engine.tensors.packing import Arrays, Packer
 from tailorstore.engine.tensors.rng import rng_states
 from tailorstore.storage.layers import canonical_json
@@ -97,16 +106,12 @@ def _fingerprint(extra: Any) -> str:  # noqa: ANN401
     hasher = xxhash.xxh3_128(canonical_json(packer.pack({} if extra is None else extra, "extra")))
     for path, tensor in packer.arrays.items():
         hasher.update(f"{path}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        hasher.update(_bytes(tensor))
+        hasher.update(host_bytes(tensor))
     return hasher.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return as_bytes(resolved(tensor).to("cpu").contiguous())
-
-
 def _to_json(tensor: Tensor) -> list[Any]:
-    return [name_of(tensor.dtype), list(tensor.shape), base64.b64encode(_bytes(tensor)).decode("ascii")]
+    return [name_of(tensor.dtype), list(tensor.shape), base64.b64encode(host_bytes(tensor)).decode("ascii")]
 
 
 def _from_json(described: list[Any]) -> Tensor:

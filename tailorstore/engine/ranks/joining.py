@@ -10,6 +10,7 @@ from tailorstore.domain.errors import AccessDeniedError, InvalidInputError, Rank
 from tailorstore.domain.names import new_id, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER
 from tailorstore.engine.ranks.group import Ranks
+from tailorstore.engine.ranks.words import listed
 from tailorstore.storage.transport import Objects
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
@@ -102,11 +103,10 @@ def _check_root(ranks: Ranks, objects: Objects) -> None:
         if ranks.is_coordinator:
             objects.delete([key])
     if without:
-        shown = ", ".join(map(str, without[:8])) + (f" and {len(without) - 8} more" if len(without) > 8 else "")
         msg = (
-            f"{objects.url} is not the same place for all ranks: what rank 0 wrote there, rank {shown} cannot see. Use"
-            " a bucket or a shared file system, or give each host's ranks a store of their own with ranks=GROUP;"
-            " nothing was written"
+            f"{objects.url} is not the same place for all ranks: what rank 0 wrote there, rank {listed(without)} cannot"
+            " see. Use a bucket or a shared file system, or give each host's ranks a store of their own with"
+            " ranks=GROUP; nothing was written"
         )
         raise RanksDisagreeError(msg)
 

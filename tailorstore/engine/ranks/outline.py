@@ -16,6 +16,7 @@ from tailorstore.domain.chunks import Box, box_of
 from tailorstore.domain.errors import InvalidInputError, RanksDisagreeError
 from tailorstore.domain.holdings import Holding, holdings_of
 from tailorstore.engine.contents import paths_in
+from tailorstore.engine.ranks.words import listed
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.memory import DTYPES, name_of
 from tailorstore.engine.tensors.shards import Sharded
@@ -252,8 +253,7 @@ def _told_by_one(content: Mapping[str, Any]) -> set[str]:
 
 def _who_has(places: Sequence[tuple[_Group, int]]) -> str:
     ranks = sorted(rank for group, _ in places for rank in group.ranks)
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"It is in the model of rank {shown}"
+    return f"It is in the model of rank {listed(ranks)}"
 
 
 def _boxes_by_rank(

@@ -1,5 +1,6 @@
 """The values of pieces: where this rank has them, how they travel, and how chunks are put together of them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,13 @@ from tailorstore.engine.tensors.memory import (
     Tensor,
     as_bytes,
     empty_host,
+    host_bytes,
     is_plain,
     nbytes,
     resolved,
     wait_for_devices,
 )
+from tailorstore.engine.tensors.parameters import held_of
 from tailorstore.engine.tensors.staging import HostArena
 
 PieceKey = tuple[str, str, Box]
@@ -57,16 +60,9 @@ def own_pieces(plan: WritePlan, captured: Capture, rank: int, arena: HostArena |
     return {key: copies[number] for number, key in keys.items()}
 
 
-def _index(box: Box) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in box)
-
-
 def view_of(layer: LayerCapture, path: str, box: Box) -> Tensor:
     """Return the live elements of a box that this rank holds; nothing is copied."""
-    held = layer.held.get(path)
-    if held is None:
-        return layer.arrays[path].detach()[_index(box)] if box else layer.arrays[path].detach()
-    for part in held.parts:
+    for part in held_of(layer, path).parts:
         if all(low <= start and stop <= high for (start, stop), (low, high) in zip(box, part.box, strict=True)):
             return part.tensor.detach()[within(box, part.box)] if box else part.tensor.detach()
     raise KeyError((layer.name, path, box))
@@ -90,7 +86,7 @@ def exchange(ranks: Ranks, one: Round, pieces: Pieces) -> dict[PieceKey, Tensor]
         size = DTYPES[array.spec.dtype].itemsize
         for piece in array.pieces:
             key = key_of(array, piece)
-            count = size * _elements(piece.box)
+            count = size * math.prod(stop - start for start, stop in piece.box)
             if piece.sender == piece.writer:
                 found[key] = pieces[key]
             elif piece.sender == ranks.rank:
@@ -111,20 +107,12 @@ def exchange(ranks: Ranks, one: Round, pieces: Pieces) -> dict[PieceKey, Tensor]
     return found
 
 
-def _elements(box: Box) -> int:
-    count = 1
-    for start, stop in box:
-        count *= stop - start
-    return count
-
-
 def _pack(buffer: Bytes, tensors: Sequence[Tensor]) -> None:
     """Put tensors' bytes one behind the other."""
     at = 0
     for tensor in tensors:
-        plain = tensor if is_plain(tensor) else resolved(tensor).to("cpu").contiguous()
-        size = nbytes(plain)
-        buffer[at : at + size] = np.frombuffer(as_bytes(plain), np.uint8)
+        size = nbytes(tensor)
+        buffer[at : at + size] = np.frombuffer(host_bytes(tensor), np.uint8)
         at += size
 
 
@@ -157,11 +145,10 @@ class ChunkPieces:
         return [as_bytes(assembled(self.chunk.box, self.array.spec.dtype, self.pieces))]
 
     def _follow_each_other(self) -> bool:
-        """Whether pieces are cut along the first dimension that the chunk has more than one of, and only there."""
+        """Whether pieces are cut only where that leaves them one behind the other in memory."""
         if len(self.pieces) == 1:
             return True
-        box = self.chunk.box
-        cut = next((at for at, (start, stop) in enumerate(box) if stop - start > 1), 0)
+        box, cut = self.chunk.box, self.chunk.cut
         alike = all(piece[:cut] == box[:cut] and piece[cut + 1 :] == box[cut + 1 :] for piece, _ in self.pieces)
         starts = [piece[cut][0] for piece, _ in self.pieces]
         return alike and starts == sorted(starts)

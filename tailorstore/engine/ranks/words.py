@@ -9,6 +9,7 @@ from tailorstore.domain import errors
 from tailorstore.domain.errors import RankLostError, RanksDisagreeError, TailorError, UnavailableError
 from tailorstore.engine.ranks.wire import Lost
 
+_SHOWN: Final = 8
 _SHORT_BYTES: Final = 2048
 """What all ranks said together goes along with the coordinator's answer if it is no longer; else along a tree."""
 GO_ON: Final = "start the training anew from the store, which holds every commit that was published"
@@ -129,6 +130,11 @@ def _named(ranks: Sequence[int]) -> str:
 
 def _listed(refusal: Refusal | None) -> list[str] | None:
     return None if refusal is None else [refusal.error, refusal.message]
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Return the numbers of some ranks for a message, the first of very many."""
+    return ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
 
 
 def json_bytes(value: Any) -> bytes:  # noqa: ANN401 - JSON data

@@ -10,7 +10,7 @@ from tailorstore.domain.chunks import box_of, grid_of
 from tailorstore.domain.errors import RankLostError, TailorError
 from tailorstore.domain.light import LightSettings
 from tailorstore.domain.names import version_prefix
-from tailorstore.domain.records import ArrayRecord, Fidelity, LayerDocument
+from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument
 from tailorstore.engine.commit import light_plan
 from tailorstore.engine.light.bases import BaseCache
 from tailorstore.engine.plan import Layout, is_comparable, plan_layer
@@ -21,6 +21,7 @@ from tailorstore.engine.ranks.pieces import ChunkPieces, Pieces, assembled, chun
 from tailorstore.engine.ranks.plan import Round, WritePlan
 from tailorstore.engine.ranks.records_json import sealed_from_json, sealed_to_json
 from tailorstore.engine.tensors.capture import LayerCapture
+from tailorstore.engine.tensors.memory import name_of
 from tailorstore.engine.write import COPY_BUDGET_BYTES, Destination, Written, write_layers
 from tailorstore.storage.dtypes import itemsize
 from tailorstore.storage.layers import SealedLayer, StoredChunk, chunk_digest, object_key, seal, write_chunk
@@ -35,7 +36,6 @@ class Task:
     commit_id: str
     step: int
     whole: Whole
-    due: Mapping[str, Fidelity]
     plan: WritePlan
     pieces: Pieces
     extra: LayerCapture | None
@@ -121,9 +121,9 @@ class CollectiveWriter:
         specs = {path: self._spec(layer, path) for path in live.arrays}
         return stored if is_comparable(stored, live, specs) else None
 
-    def _spec(self, layer: str, path: str) -> Any:  # noqa: ANN401 - ArraySpec
+    def _spec(self, layer: str, path: str) -> ArraySpec:
         tensor = self.task.whole.captured.layers[layer].arrays[path]
-        return self.layout.spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return self.layout.spec(tuple(tensor.shape), name_of(tensor.dtype))
 
     def _put(self, chunks: Iterable[ChunkPieces]) -> None:
         budget = MemoryBudget(COPY_BUDGET_BYTES)

@@ -87,6 +87,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's elements in C order as bytes in host memory; a copy only where it is not plain."""
+    if is_plain(tensor):
+        return as_bytes(tensor)
+    return as_bytes(resolved(tensor).to("cpu", memory_format=torch.contiguous_format).contiguous())
+
+
 def resolved(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor detached, with lazy conjugation and negation carried out."""
     return tensor.detach().resolve_conj().resolve_neg()
@@ -97,8 +104,7 @@ def chunk_bytes(tensor: torch.Tensor, chunk: Chunk) -> memoryview:
     if is_plain(tensor):
         size = tensor.element_size()
         return as_bytes(tensor)[chunk.offset * size : (chunk.offset + chunk.elements) * size]
-    part = resolved(tensor[chunk.slices] if chunk.slices else tensor)
-    return as_bytes(part.to("cpu", memory_format=torch.contiguous_format).contiguous())
+    return host_bytes(tensor[chunk.slices] if chunk.slices else tensor)
 
 
 def scalar_to_hex(tensor: torch.Tensor) -> str:
