@@ -24,7 +24,8 @@ class Root:
     storage_options: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
-def _require(find_program: Callable[[], Path]) -> None:
+def require(find_program: Callable[[], Path]) -> None:
+    """Skip the test, or in CI fail it, where a server is not installed."""
     try:
         find_program()
     except ServerMissingError as error:
@@ -36,7 +37,7 @@ def _require(find_program: Callable[[], Path]) -> None:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Give the S3 server that the tests of this worker share."""
-    _require(weed_program)
+    require(weed_program)
     with run_s3() as server:
         yield server
 
@@ -44,7 +45,7 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """Give the PostgreSQL that the tests of this worker share."""
-    _require(postgres_programs)
+    require(postgres_programs)
     with run_postgres() as server:
         yield server
 

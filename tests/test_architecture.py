@@ -18,9 +18,11 @@ CHECKOUT = Path(__file__).parent.parent
 MODULES = sorted((CHECKOUT / "tailorstore").rglob("*.py"))
 MOST_LINES = 450
 
-UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-UNSAFE_NAMES = {"eval", "exec", "__import__", "breakpoint"}
-UNSAFE_METHODS = {("yaml", "load"), ("yaml", "unsafe_load"), ("os", "system"), ("numpy", "load"), ("np", "load")}
+UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "yaml"}
+UNSAFE_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint"}
+UNSAFE_METHODS = {("os", "system"), ("os", "popen"), ("builtins", "eval"), ("builtins", "exec"), ("ast", "unparse")}
+LOADERS = {("numpy", "load"), ("np", "load"), ("torch", "load"), ("torch.jit", "load"), ("pd", "read_pickle")}
+UNSAFE_ARGUMENTS = {("allow_pickle", True), ("weights_only", False), ("shell", True)}
 
 
 def name_of(path: Path) -> str:
@@ -59,14 +61,22 @@ def uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"import {module.partition('.')[0]}"
             case ast.Call(func=ast.Name(id=name)):
                 yield node.lineno, f"call {name}"
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name)):
-                yield node.lineno, f"call {owner}.{name}"
+            case ast.Call(func=ast.Attribute(value=owner, attr=name), keywords=given):
+                yield node.lineno, f"call {ast.unparse(owner)}.{name}"
+                # Of PyTorch's own files the loader runs what they say, unless it is told to take tensors alone.
+                safe = any(one.arg == "weights_only" and ast.unparse(one.value) == "True" for one in given)
+                if (ast.unparse(owner), name) in LOADERS and not safe:
+                    yield node.lineno, f"load {ast.unparse(owner)}.{name}"
+            case ast.keyword(arg=str(name), value=ast.Constant(value=value)) if (name, value) in UNSAFE_ARGUMENTS:
+                yield node.lineno, f"argument {name}={value!r}"
 
 
 UNSAFE = (
     {f"import {name}" for name in UNSAFE_MODULES}
     | {f"call {name}" for name in UNSAFE_NAMES}
     | {f"call {owner}.{name}" for owner, name in UNSAFE_METHODS}
+    | {f"load {owner}.{name}" for owner, name in LOADERS}
+    | {f"argument {name}={value}" for name, value in UNSAFE_ARGUMENTS}
 )
 
 
@@ -81,9 +91,16 @@ def test_nothing_that_is_read_is_ever_run() -> None:
 
 
 def test_unsafe_uses_would_be_found() -> None:
-    source = "import pickle\nfrom dill import loads\ndef f(): return eval('1')\nyaml.load(x)\n"
+    source = (
+        "import pickle\nfrom dill import loads\ndef f(): return eval('1')\nfrom yaml import safe_load\n"
+        "torch.load(x, weights_only=True)\ntorch.load(x)\nnp.load(x, allow_pickle=True)\nrun(x, shell=True)\n"
+    )
     found = {use for _, use in uses(ast.parse(source)) if use in UNSAFE}
-    assert found == {"import pickle", "import dill", "call eval", "call yaml.load"}
+    assert found == {
+        *("import pickle", "import dill", "call eval", "import yaml"),
+        *("load torch.load", "load np.load", "argument allow_pickle=True", "argument shell=True"),
+    }
+    assert [line for line, use in uses(ast.parse(source)) if use == "load torch.load"] == [6]
 
 
 # --- Errors

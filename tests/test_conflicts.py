@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from tests.kit.models import assert_same
 from tests.kit.postgres import PostgresServer
 from tests.kit.rival import weights
 from tests.kit.s3 import S3Key, S3Server
+from tests.kit.small_disk import SmallDisk
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -125,38 +125,6 @@ def test_of_two_processes_on_one_branch_one_wins(tmp_path: Path, catalog_url: st
 
 
 # --- A full disk
-
-
-class SmallDisk:
-    """A place that takes few bytes: a file system of its own for root, else a limit on the size of files."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self._mounted = False
-        with contextlib.suppress(FileNotFoundError):
-            mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)]
-            self._mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-
-    @contextlib.contextmanager
-    def full(self) -> Iterator[None]:
-        """Leave room for some small files only, while the block lasts."""
-        if not self._mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, self._limits[1]))
-            yield
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
-            return
-        ballast = self.folder / "ballast"
-        left = os.statvfs(self.folder)
-        ballast.write_bytes(bytes(max(0, left.f_bavail * left.f_frsize - 300_000)))
-        yield
-        ballast.unlink()
-
-    def end(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
-        if self._mounted:
-            subprocess.run(["umount", self.folder], check=True)  # noqa: S607 - wherever the system has it
 
 
 @pytest.fixture
@@ -315,7 +283,10 @@ SPOKEN = unquote(PASSWORD)
 
 
 @pytest.mark.parametrize("option", ["", "?connect_timeout=3"])
-def test_an_unreachable_postgres(closed_port: int, tmp_path: Path, option: str) -> None:
+def test_an_unreachable_postgres(
+    closed_port: int, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     url = f"postgresql+psycopg://ts:{PASSWORD}@127.0.0.1:{closed_port}/catalog{option}"
     message = refused(
         lambda: ts.open_store(tmp_path / "root", catalog=url), CatalogUnavailableError, 60, PASSWORD, SPOKEN
@@ -324,7 +295,8 @@ def test_an_unreachable_postgres(closed_port: int, tmp_path: Path, option: str) 
     assert not (tmp_path / "root").exists()
 
 
-def test_a_postgres_that_takes_calls_and_says_nothing(tmp_path: Path) -> None:
+def test_a_postgres_that_takes_calls_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"postgresql://ts:{PASSWORD}@127.0.0.1:{deaf.getsockname()[1]}/catalog?connect_timeout=2"
         refused(lambda: ts.open_store(tmp_path / "root", catalog=url), CatalogUnavailableError, 60, PASSWORD)

@@ -1,7 +1,7 @@
 """A process may be killed at any moment: what it leaves is the old head or the new one, whole, and GC sweeps the rest.
 
-The kills and the checks are in :mod:`tests.kit.crash`, which runs as a program of its own: it forks, and pytest's
-process has threads. DESIGN.md, invariants 1 to 5.
+The kills and the checks are in :mod:`tests.crash`, which runs as a program of its own: it forks, and pytest's process
+has threads. Here is a share of them; ``make crash`` has them all. DESIGN.md, invariants 1 to 5.
 """
 
 import json
@@ -14,17 +14,24 @@ from typing import Any
 import pytest
 
 from tests.kit.postgres import PostgresServer
+from tests.kit.s3 import S3Server
 
 CHECKOUT = Path(__file__).parent.parent
-WRITES = {"open", "write", "sync"}
+WRITES = {"open", "write", "confirm"}
 SQL = {"BEGIN", "SELECT", "COMMIT", "after COMMIT"}
+Plan = str | int | tuple[str | int, int]
 
 
-def kill_at(server: str | None = None, **scenarios: str | int) -> dict[str, dict[str, Any]]:
-    """Run scenarios, each killed at the calls that its plan says; fail if any is found broken."""
-    spec = {"scenarios": {name.replace("_", " "): plan for name, plan in scenarios.items()}, "server": server}
+def kill_at(servers: dict[str, Any] | None = None, **scenarios: Plan) -> dict[str, dict[str, Any]]:
+    """Run scenarios, each killed at the calls that its plan says; fail if any is found broken.
+
+    Args:
+        servers: what :class:`tests.crash.places.Servers` takes.
+        scenarios: with the plan that ``points_of`` takes, and perhaps a number of pairs of kills.
+    """
+    plans = {name.replace("_", " "): plan if isinstance(plan, tuple) else (plan, 0) for name, plan in scenarios.items()}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kit.crash", json.dumps(spec)],
+        [sys.executable, "-m", "tests.crash", "--json", json.dumps({"scenarios": plans, "servers": servers or {}})],
         cwd=CHECKOUT,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore::DeprecationWarning"},
         stdout=subprocess.PIPE,
@@ -40,51 +47,65 @@ def kill_at(server: str | None = None, **scenarios: str | int) -> dict[str, dict
 
 def assert_covered(report: dict[str, Any], calls: set[str], points: int) -> None:
     """Fail unless the process was killed at all these kinds of calls, and at no fewer points."""
-    assert calls <= report["calls"].keys(), report
+    assert calls <= report["killed_at"].keys(), report
     assert report["points"] >= points, report
 
 
 @pytest.mark.slow
 def test_killed_while_it_commits() -> None:
-    reports = kill_at(commit="calls", first_commit=3, commit_behind=7)
+    reports = kill_at(commit=("calls", 4), first_commit=5, commit_behind=9, full_commit=19, partial_commit=17)
     assert_covered(reports["commit"], {*WRITES, *SQL, "INSERT", "DELETE", "UPDATE", "makedirs", "get"}, 65)
-    assert_covered(reports["first commit"], {"open", "write", "SELECT"}, 22)
-    assert_covered(reports["commit behind"], {"open", "SELECT"}, 9)
+    assert_covered(reports["first commit"], {"open", "write", "SELECT"}, 14)
+    assert_covered(reports["commit behind"], {"open"}, 7)
     assert reports["commit"]["outlived"]
+    assert reports["commit"]["pairs"] >= 1
 
 
 @pytest.mark.slow
-def test_killed_while_it_commits_light_versions() -> None:
-    reports = kill_at(light_commit="calls", light_commit_behind=11)
-    assert_covered(reports["light commit"], {*WRITES, *SQL, "INSERT", "DELETE", "UPDATE", "get", "read_into"}, 65)
-    assert_covered(reports["light commit behind"], set(), 6)
-    assert reports["light commit"]["outlived"]
+def test_killed_while_it_commits_light_versions_or_on_two_branches() -> None:
+    reports = kill_at(light_commit=3, light_commit_behind=19, two_branches=23)
+    assert_covered(reports["light commit"], {"open", "write"}, 30)
+    assert_covered(reports["light commit behind"], set(), 4)
+    assert_covered(reports["two branches"], set(), 9)
 
 
 @pytest.mark.slow
-def test_killed_while_it_collects_bases() -> None:
-    reports = kill_at(gc_of_bases="changes")
-    assert_covered(reports["gc of bases"], {"unlink", "DELETE", "UPDATE", "COMMIT", "after COMMIT"}, 30)
+def test_killed_while_it_collects_bases_or_restores() -> None:
+    reports = kill_at(gc_of_bases=5, restore=4)
+    assert_covered(reports["gc of bases"], {"unlink"}, 15)
+    assert_covered(reports["restore"], {"SELECT"}, 5)
 
 
 @pytest.mark.slow
-def test_killed_while_it_collects_or_names() -> None:
-    reports = kill_at(gc="changes", names="changes")
-    assert_covered(reports["gc"], {"unlink", "DELETE", "UPDATE", "COMMIT", "after COMMIT"}, 35)
-    assert_covered(reports["names"], {*WRITES, "COMMIT", "after COMMIT"}, 30)
+def test_killed_while_it_collects_names_or_repairs() -> None:
+    reports = kill_at(gc=(3, 4), names=3, repair=17)
+    assert_covered(reports["gc"], {"unlink"}, 25)
+    assert_covered(reports["names"], set(), 20)
+    assert_covered(reports["repair"], set(), 8)
+    assert reports["gc"]["pairs"] >= 1
 
 
 @pytest.mark.slow
-def test_killed_while_it_makes_a_store_or_takes_one_over() -> None:
-    reports = kill_at(opening="changes", rebuild="changes", take_over=7)
-    assert_covered(reports["opening"], {*WRITES, "CREATE", "INSERT", "COMMIT", "after COMMIT"}, 15)
-    assert_covered(reports["rebuild"], {"write", "rename", "INSERT", "DELETE", "COMMIT", "after COMMIT"}, 25)
+def test_killed_while_it_makes_a_store_upgrades_one_or_takes_one_over() -> None:
+    reports = kill_at(opening=6, rebuild=(3, 2), take_over=7, upgrade=7)
+    assert_covered(reports["opening"], {"CREATE"}, 12)
+    assert_covered(reports["rebuild"], set(), 18)
     assert_covered(reports["take over"], {"SELECT"}, 7)
+    assert_covered(reports["upgrade"], set(), 3)
 
 
 @pytest.mark.slow
 def test_killed_on_postgres(postgres_server: PostgresServer) -> None:
     """Sparser: each kill takes a database of its own."""
-    reports = kill_at(postgres_server.url(), commit=5, gc=12)
-    assert_covered(reports["commit"], {"SELECT"}, 14)
+    reports = kill_at({"postgres": postgres_server.url()}, commit=(7, 1), gc=17, names=23, take_over=29, upgrade=13)
+    assert_covered(reports["commit"], set(), 12)
     assert_covered(reports["gc"], set(), 6)
+    assert_covered(reports["names"], set(), 3)
+
+
+@pytest.mark.slow
+def test_killed_between_requests_to_s3(s3_server: S3Server) -> None:
+    servers = {"bucket": s3_server.bucket, "storage_options": s3_server.storage_options()}
+    reports = kill_at(servers, commit=(9, 1), gc=13)
+    assert_covered(reports["commit"], set(), 9)
+    assert_covered(reports["gc"], set(), 5)

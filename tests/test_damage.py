@@ -96,7 +96,7 @@ CHUNK_ERRORS: Final[dict[Callable[[Path], None], tuple[type[ts.IntegrityError], 
     delete: (MissingObjectError, "missing"),
     truncate: (MissingObjectError, "short"),
     empty: (MissingObjectError, "short"),
-    extend: (MissingObjectError, "short"),
+    extend: (MissingObjectError, "long"),
     flip: (DigestMismatchError, "flipped"),
 }
 
@@ -233,15 +233,17 @@ def test_other_layers_of_a_damaged_composite_still_restore(root: Path) -> None:
 
 
 def test_a_damaged_root_document_is_told_from_a_missing_store(root: Path) -> None:
-    for damage in (truncate, empty):
-        with Damaged(root, ROOT_DOCUMENT, damage), pytest.raises(ts.IntegrityError, match=r"tailorstore\.json"):
-            fresh(root)
-    with Damaged(root, ROOT_DOCUMENT, delete), fresh(root) as store:
-        read_everything(store.checkout())
-        with pytest.raises(ts.ConflictError, match="rebuild"):
-            store.commit(3, weights(3))
+    for damage in (truncate, empty, flip, delete):
+        with Damaged(root, ROOT_DOCUMENT, damage), fresh(root) as store:
+            read_everything(store.checkout())
+            with pytest.raises(ts.ConflictError, match="rebuild"):
+                store.commit(3, weights(3))
     with fresh(root) as store:
         assert store.verify().ok
+    for part in (COMMITS_PREFIX, "layers"):
+        shutil.rmtree(root / part)
+    with Damaged(root, ROOT_DOCUMENT, flip), pytest.raises(ts.IntegrityError, match=r"tailorstore\.json"):
+        fresh(root)
 
 
 def test_damaged_records_of_names_are_passed_over_by_a_rebuild(root: Path) -> None:

@@ -101,8 +101,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.live: dict[str, int] = dict.fromkeys(LAYERS, 0)
         self.branch = "main"
         self.open_checkpoints: list[tuple[ts.Checkpoint, str]] = []
-        self.pointed = False
-        """Whether a branch was ever made of a commit, moved or removed."""
         self.store = self.open_first()
 
     def open_first(self) -> ts.Store:
@@ -218,7 +216,6 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             assert self.store.branch(name, commit, move=move).id == commit
             self.model.point(name, commit)
-            self.pointed = True
 
     @rule(name=st.sampled_from(BRANCHES))
     def delete_branch(self, name: str) -> None:
@@ -228,7 +225,6 @@ class StoreMachine(RuleBasedStateMachine):
         elif name in self.model.logs:
             self.store.delete_branch(name)
             del self.model.logs[name]
-            self.pointed = True
         else:
             with pytest.raises(ts.NotFoundError):
                 self.store.delete_branch(name)
@@ -331,9 +327,6 @@ class StoreMachine(RuleBasedStateMachine):
     def rebuild(self, *, by_force: bool) -> None:
         """Lose the catalog, and make it again from the manifests; or take over what is one's own."""
         self.reopen()
-        if self.pointed and any(parent and parent not in self.model.commits for parent in self.parents()):
-            self.rebuild_a_copy()
-            return
         if not by_force:
             self.store.close()
             for left in self.root.glob("catalog.sqlite*"):
@@ -343,26 +336,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.look()
         self.check_rebuilt(self.store)
 
-    def rebuild_a_copy(self) -> None:
-        """Look at all but logs: where a commit's parent was dropped, manifests do not tell on which line it was."""
-        copy = self.folder / "copy"
-        shutil.copytree(self.root, copy, ignore=shutil.ignore_patterns("catalog.sqlite*"))
-        with ts.open_store(copy) as store:
-            self.check_rebuilt(store)
-            self.look_at_names(store)
-            for commit in self.model.commits:
-                with store.checkout(commit) as checkpoint:
-                    self.compare(checkpoint, commit)
-        shutil.rmtree(copy)
-
     def check_rebuilt(self, store: ts.Store) -> None:
         report = store.rebuild_catalog()
         assert store.writable
         assert report.commits == len(self.model.commits)
         assert report.unreadable == report.unplaced == ()
-
-    def parents(self) -> list[str | None]:
-        return [commit.parent for commit in self.model.commits.values()]
 
     @rule()
     def verify(self) -> None:

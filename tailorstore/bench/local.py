@@ -196,7 +196,7 @@ class _Bench:
         return {"model": self.state.model.state_dict(), "optim": self.state.optim.state_dict()}
 
     def torch_load(self) -> None:
-        loaded = torch.load(self.path("torch.pt"))
+        loaded = torch.load(self.path("torch.pt"), weights_only=True)
         self.state.model.load_state_dict(loaded["model"])
         self.state.optim.load_state_dict(loaded["optim"])
 

@@ -279,12 +279,13 @@ def _sealed(layer: LayerCapture) -> _Sealed:
         digests = tuple(chunk_digest(memoryview(f"{path} {chunk.number}".encode())) for chunk in chunks)
         sizes = tuple(chunk.capacity * itemsize(spec.dtype) for chunk in chunks)
         records[path] = ArrayRecord(path, spec, digests, sizes)
+    keys: list[str] = []
     with closing(open_objects("memory://tailorstore-bench")) as objects:
         document = LayerDocument(layer.name, _VERSION_ID, STEP, layer.content, records)
         start = time.process_time()
-        sealed = seal(objects, document)
+        sealed = seal(objects, document, keys.extend)
         seconds = time.process_time() - start
-        objects.delete(sealed.keys)
+        objects.delete(list(sealed.sizes))
     chunk_bytes = sum(sum(record.sizes) for record in records.values())
     documents = sealed.version.objects - sum(len(record.sizes) for record in records.values())
     return _Sealed(sealed.version, documents, sealed.version.bytes_stored - chunk_bytes, seconds)

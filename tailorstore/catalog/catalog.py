@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Self
 
 from sqlalchemy import Connection, select, update
@@ -15,12 +16,17 @@ from tailorstore.catalog.schema import check_revision, migrate, read_revision
 from tailorstore.catalog.tables import catalog, commits, leases, pending, stores
 from tailorstore.catalog.takeover import TakingOver
 from tailorstore.catalog.urls import parse_url
+from tailorstore.catalog.verifying import Verifying
 from tailorstore.catalog.writing import Writing
 from tailorstore.domain.errors import CatalogUnavailableError, RootTakenError
-from tailorstore.domain.records import Binding, CommitManifest
+from tailorstore.domain.lines import Tip
+from tailorstore.domain.records import Binding, CommitManifest, Standing
+
+_NOTHING: Mapping[tuple[str, str], str] = MappingProxyType({})
+_NOTHING_WITHDRAWN: Mapping[str, Standing] = MappingProxyType({})
 
 
-class StoreCatalog(Writing, Resolving, Naming, History, Collection, TakingOver):
+class StoreCatalog(Writing, Resolving, Naming, History, Collection, Verifying, TakingOver):
     """One store in a catalog: every verb is one transaction. Safe to share between threads.
 
     The verbs stand, by who uses them, in the modules of the classes above.
@@ -108,13 +114,42 @@ class Catalog:
 
         return self._scope(self._database.write(work), store_id, epoch)
 
+    def claim(self, store_id: str, root: str, found: int) -> Binding:
+        """Begin a take-over: take an epoch that no other take-over into this catalog gets, or ever got.
+
+        Bindings are never used twice, so one that a slow take-over writes into the root late is nobody else's. From
+        here on whoever has the store open in this catalog is refused; the root still has its owner.
+
+        Args:
+            store_id: from the root.
+            root: its URL without secrets.
+            found: epoch that the root has now.
+
+        Raises:
+            AccessDeniedError: the catalog is read-only here.
+            CatalogUnavailableError: the database does not answer; perhaps an epoch was taken. Do it again.
+        """
+
+        def work(connection: Connection) -> Binding:
+            # A root that was restored from a backup may name an earlier epoch than the catalog has reached.
+            pk, known = self._enter(connection, store_id, root, found)
+            epoch = max(abs(known), found) + 1
+            # Negative until it is taken over: a process that dies in between must not leave a catalog that seems to own
+            # the root and knows nothing of it.
+            connection.execute(update(stores).where(stores.c.pk == pk).values(epoch=-epoch))
+            return Binding(store_id, self.catalog_id, epoch)
+
+        return self._database.write(work, once=True)
+
     def take_over(
         self,
         binding: Binding,
         root: str,
         manifests: Sequence[CommitManifest],
-        branches: Mapping[str, str],
+        branches: Mapping[str, Tip],
         tags: Mapping[str, str],
+        quarantine: Mapping[tuple[str, str], str] = _NOTHING,
+        withdrawn: Mapping[str, Standing] = _NOTHING_WITHDRAWN,
     ) -> StoreCatalog:
         """Replace whatever this catalog knew of a store by what its manifests say, at a new epoch.
 
@@ -122,15 +157,17 @@ class Catalog:
         no manifest has are forgotten, so GC finds their objects as leftovers.
 
         Args:
-            binding: the store and its epoch from now on: for a take-over one more than the root's document has, for
-                a copy to read from the same.
+            binding: the store and its epoch from now on: for a take-over the one that was claimed, for a copy to read
+                from the same as the root's.
             root: its URL without secrets.
             manifests: of all published commits that are left, oldest first.
-            branches: name to the id of the head.
+            branches: name to its head, and the line that its next commit goes to.
             tags: name to commit id.
+            quarantine: layer component and version id of damaged versions, to what was found.
+            withdrawn: ids of commits of which there is a manifest, but which are not published, to the reason.
 
         Raises:
-            RootTakenError: the catalog has the store at that epoch or a later one.
+            RootTakenError: the catalog has the store at a later epoch: another take-over came after this one.
             RefNotFoundError: a branch or tag points to a commit without a manifest.
             CorruptDocumentError: a light version's base is in no manifest.
             AccessDeniedError: the catalog is read-only here.
@@ -142,7 +179,7 @@ class Catalog:
         def work(connection: Connection) -> StoreCatalog:
             mine = select(stores.c.epoch).where(stores.c.store_id == binding.store_id).with_for_update()
             known = connection.scalar(mine)
-            if known is not None and known >= binding.epoch:
+            if known is not None and abs(known) > binding.epoch:
                 msg = (
                     f"the catalog {self.url} has store {binding.store_id} at epoch {known} already: another take-over"
                     f" was faster than this one to epoch {binding.epoch}. Look at the store before doing it again"
@@ -151,10 +188,10 @@ class Catalog:
             pk, _ = self._enter(connection, binding.store_id, root, binding.epoch)
             scope = self._scope(pk, binding.store_id, binding.epoch)
             now = self._database.now(connection)
-            scope._replace(connection, now, root, manifests, branches, tags)
+            scope._replace(connection, now, root, manifests, branches, tags, quarantine, withdrawn)
             return scope
 
-        return self._database.write(work)
+        return self._database.write(work, once=True)
 
     def now(self) -> datetime:
         """Return the time by which leases and grace periods are judged, in UTC: the database server's, if any.

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, Connection, delete, exists, or_, select, update
 
-from tailorstore.catalog.scope import IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
+from tailorstore.catalog.scope import IDS_TOGETHER, AnyRow, in_batches, to_commit
+from tailorstore.catalog.standing import Standings
 from tailorstore.catalog.tables import (
     branches,
     commits,
@@ -21,6 +22,7 @@ from tailorstore.catalog.tables import (
     tags,
     versions,
 )
+from tailorstore.catalog.verifying import quarantined_layers
 from tailorstore.domain.records import Commit, Expired, LayerVersion
 from tailorstore.domain.retention import Inventory
 
@@ -33,7 +35,7 @@ class _PreviewOnlyError(Exception):
         self.expired = expired
 
 
-class Collection(Scope):
+class Collection(Standings):
     """The collector's verbs.
 
     Each is one transaction. All raise CatalogUnavailableError where the database does not answer; those that write
@@ -52,7 +54,7 @@ class Collection(Scope):
         version that is alive has it as its base. Unknown ids are no error.
         """
         wanted = list(dict.fromkeys(commit_ids))
-        return self._write(lambda connection, now: self._expire(connection, now, wanted), exclusive=True)
+        return self._write(lambda connection, now: self._expire(connection, now, wanted), exclusive=True, once=True)
 
     def preview(self, commit_ids: Iterable[str]) -> Expired:
         """Return what :meth:`expire` would do, by doing it and rolling it back."""
@@ -73,13 +75,13 @@ class Collection(Scope):
         """
 
         def work(connection: Connection, now: datetime) -> int:
-            gone = 0
-            for table in (pending, leases):
-                lapsed = delete(table).where(table.c.store_pk == self._pk, table.c.expires_at <= now)
-                gone += connection.execute(lapsed).rowcount
-            return gone
+            mine = delete(pending).where(pending.c.store_pk == self._pk, pending.c.expires_at <= now)
+            voided = connection.scalars(mine.returning(pending.c.commit_id)).all()
+            self._withdraw(connection, now, voided, "voided")
+            lapsed = delete(leases).where(leases.c.store_pk == self._pk, leases.c.expires_at <= now)
+            return len(voided) + connection.execute(lapsed).rowcount
 
-        return self._write(work, exclusive=True)
+        return self._write(work, exclusive=True, once=True)
 
     def doomed(self, grace: timedelta) -> list[LayerVersion]:
         """Return the versions that lost their standing longer than ``grace`` ago, oldest first."""
@@ -142,19 +144,6 @@ class Collection(Scope):
             asked -= self._read(lambda connection, ids=batch: known(connection, ids))  # type: ignore[misc]
         return asked
 
-    def unknown_commits(self, commit_ids: Iterable[str], *, as_if_voided: bool = False) -> set[str]:
-        """Return the ids that are neither published nor announced; see :meth:`unknown_versions`."""
-        asked = set(commit_ids)
-
-        def known(connection: Connection, ids: list[str]) -> set[str]:
-            mine = select(commits.c.commit_id).where(commits.c.store_pk == self._pk)
-            published = connection.scalars(mine.where(commits.c.commit_id.in_(ids)))
-            return {*published, *self._announced(connection, ids, live_only=as_if_voided)}
-
-        for batch in in_batches(sorted(asked)):
-            asked -= self._read(lambda connection, ids=batch: known(connection, ids))  # type: ignore[misc]
-        return asked
-
     def _announced(self, connection: Connection, ids: list[str], *, live_only: bool) -> Sequence[str]:
         mine = select(pending.c.commit_id).where(pending.c.store_pk == self._pk)
         if live_only:
@@ -189,6 +178,7 @@ class Collection(Scope):
             unreachable=tuple(commit for pk, commit in by_pk.items() if pk not in reached),
             tags=self._tagged(connection, by_pk),
             leased=self._leased(connection, by_pk, now),
+            quarantined=frozenset(commit_id for commit_id, _ in quarantined_layers(connection, self._pk)),
         )
 
     def _tagged(self, connection: Connection, by_pk: dict[int, Commit]) -> dict[str, str]:
@@ -216,6 +206,7 @@ class Collection(Scope):
             for table in (composites, measures):
                 connection.execute(delete(table).where(table.c.commit_pk.in_(pks)))
             connection.execute(delete(commits).where(commits.c.pk.in_(pks)))
+        self._withdraw(connection, now, [row.commit_id for row in rows], "expired")
         doomed, freed = self._doom(connection, now, loose)
         expired = sorted((to_commit(row) for row in rows), key=lambda commit: (commit.step, commit.id))
         return Expired(tuple(expired), doomed, freed)

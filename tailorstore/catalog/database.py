@@ -1,58 +1,38 @@
-"""Connections and transactions: the one way in which SQL reaches a database.
+"""Transactions: the one way in which SQL reaches a database.
 
 A transaction is a function of a connection, so that it can be run again: after a deadlock, a lock that was held too
-long, or a connection that broke before the commit was sent.
+long, or an outage of the server.
 """
 
 import os
 import random
-import sqlite3
 import time
 import weakref
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    NullPool,
-    QueuePool,
-    Table,
-    create_engine,
-    event,
-    func,
-    literal,
-    select,
-    text,
-)
+from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, func, literal, select, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import SQLAlchemyError
 
-from tailorstore.catalog.failures import is_busy, may_run_again, translate
-from tailorstore.catalog.tables import UtcDateTime
+from tailorstore.catalog.failures import Obstacle, damaged, obstacle, translate
+from tailorstore.catalog.sqlite import LOCK_SECONDS, WRITES, SqliteFile
+from tailorstore.catalog.tables import UtcDateTime, receipts
 from tailorstore.catalog.urls import CatalogUrl
-from tailorstore.domain.errors import (
-    AccessDeniedError,
-    CatalogUnavailableError,
-    MissingDependencyError,
-    StoreNotFoundError,
-)
+from tailorstore.domain.errors import AccessDeniedError, MissingDependencyError, TailorError
+from tailorstore.domain.names import new_id
 
 T = TypeVar("T")
 
-LOCK_SECONDS = 30
-"""How long a transaction waits for another one's locks. A publish takes milliseconds, a large expiry seconds."""
+OUTAGE_SECONDS = 60
+"""How long a server that was there is waited for: it may be restarted, or replaced by its standby."""
 
-CONNECT_SECONDS = 10
-ATTEMPTS = 6
-_OLDEST_SQLITE = (3, 35, 0)
-"""The first with RETURNING."""
+OPENING_SECONDS = 10
+"""How long a server is waited for that has never answered: it may be restarted, but the URL may also be wrong."""
 
-_WRITES = "tailorstore_writes"
+_LONGEST_PAUSE = 1.0
+_RECEIPTS_LAST = timedelta(days=1)
 
 
 class Database:
@@ -73,18 +53,14 @@ class Database:
 
     def __init__(self, url: CatalogUrl, *, create: bool = False, migrating: bool = False) -> None:
         self.url = url
-        self.is_sqlite = url.path is not None
-        self.read_only = False
-        self._migrating = migrating
-        if url.path is not None:
-            self._find_file(url.path, create=create)
-            self.read_only = url.asks_read_only or not _writable(url.path)
-            self._engine = self._sqlite_engine(url.path, create=create)
-        else:
-            self._engine = self._postgres_engine()
+        self._file = SqliteFile(url, url.path, create=create, migrating=migrating) if url.path is not None else None
+        self.is_sqlite = self._file is not None
+        self.read_only = self._file is not None and self._file.read_only
+        self._engine = _postgres_engine(url, migrating=migrating) if self._file is None else self._file.engine()
         readers = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._readers: Engine = self._engine.execution_options(**readers)
-        self._writers: Engine = self._engine.execution_options(**{_WRITES: True})
+        self._writers: Engine = self._engine.execution_options(**{WRITES: True})
+        self._outage = _Outage()
         _open_databases.add(self)
 
     def read(self, work: Callable[[Connection], T]) -> T:
@@ -92,27 +68,30 @@ class Database:
 
         Raises:
             AccessDeniedError: the credentials or the file's permissions do not allow it.
-            CatalogUnavailableError: the database does not answer.
+            CatalogUnavailableError: the database does not answer, or not for as long as it is waited for.
+            CatalogDamagedError: the database is not what was written.
         """
-        return self._run(self._readers, work, repeatable=True)
+        return self._run(self._readers, work)
 
-    def write(self, work: Callable[[Connection], T], *, repeatable: bool = True) -> T:
+    def write(self, work: Callable[[Connection], T], *, once: bool = False) -> T:
         """Run ``work`` in a transaction that takes effect as a whole or not at all.
 
         Args:
-            work: is run again from the start after a deadlock or a broken connection.
-            repeatable: running it again after it took effect does no harm, so a lost reply to the commit is no
-                error.
+            work: is run again from the start after a deadlock or an outage.
+            once: running it again after it took effect would do harm, or answer otherwise. Then it leaves a receipt,
+                which tells where the reply to the commit was lost.
 
         Raises:
             AccessDeniedError: the catalog is open read-only, or the credentials do not allow it.
-            CatalogUnavailableError: the database does not answer; nothing was changed, except where the message
-                says that the outcome is unknown.
+            CatalogUnavailableError: the database does not answer, or not for as long as it is waited for; nothing
+                was changed, except where the message says that the outcome is unknown.
+            CatalogDamagedError: the database is not what was written; nothing was changed.
         """
         if self.read_only:
             msg = f"the catalog {self.url.shown} is open read-only: its file or credentials do not allow writing"
             raise AccessDeniedError(msg)
-        return self._run(self._writers, work, repeatable=repeatable)
+        # A file's reply to a commit cannot get lost.
+        return self._run(self._writers, work if self.is_sqlite or not once else self._with_receipt(work))
 
     def clock(self) -> ColumnElement[datetime]:
         """Return the SQL for the catalog's clock: the server's where there is one, so that all clients agree."""
@@ -144,94 +123,115 @@ class Database:
         """Close all connections. Using the database again opens new ones."""
         self._engine.dispose()
 
-    def _run(self, engine: Engine, work: Callable[[Connection], T], *, repeatable: bool) -> T:
-        deadline = time.monotonic() + LOCK_SECONDS
-        for attempt in range(1, ATTEMPTS + 1):
-            committing = False
-            try:
-                with engine.connect() as connection, connection.begin() as transaction:
-                    result = work(connection)
-                    committing = True
-                    transaction.commit()
-                return result
-            except SQLAlchemyError as error:
-                lost_reply = committing and getattr(error, "connection_invalidated", False)
-                failure, cause = translate(error, self.url)
-                if lost_reply and not repeatable:
-                    msg = f"{failure}; the connection broke during the commit, so look whether it took effect"
-                    raise CatalogUnavailableError(msg) from cause
-                if attempt == ATTEMPTS or time.monotonic() > deadline or not may_run_again(error):
-                    raise failure from cause
-            # Doubling with jitter, so that two that met once do not meet again.
-            time.sleep(0.01 * 2**attempt * random.uniform(0.5, 1.5))  # noqa: S311
-        raise AssertionError
-
-    def _sqlite_engine(self, path: Path, *, create: bool) -> Engine:
-        if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
-            msg = f"SQLite {sqlite3.sqlite_version} is too old for a catalog; Python needs 3.35 or newer"
-            raise MissingDependencyError(msg)
-        mode = "rwc" if create else "rw"
-
-        def connect() -> sqlite3.Connection:
-            return _connect_read_only(path) if self.read_only else _connect(path, mode, self._migrating)
-
-        engine = create_engine(
-            "sqlite://",
-            creator=connect,
-            # Measured: a fresh connection for each call quadruples the time of a small query, and closing the last
-            # one empties the write-ahead log. A read-only one is made fresh, as the way to open it can change.
-            poolclass=NullPool if self.read_only else QueuePool,
-            hide_parameters=True,
-            **({} if self.read_only else {"pool_size": 4, "max_overflow": -1}),
-        )
-        event.listen(engine, "begin", _begin_sqlite)
-        return engine
-
-    def _find_file(self, path: Path, *, create: bool) -> None:
-        if path.exists():
-            return
-        if not create or self.url.asks_read_only:
-            msg = f"there is no catalog at {self.url.shown}"
-            raise StoreNotFoundError(msg)
-        folder = path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
-            msg = f"the folder of the catalog {self.url.shown} cannot be made: {error.strerror}"
-            raise AccessDeniedError(msg) from error
-        except OSError as error:
-            msg = f"the folder of the catalog {self.url.shown} cannot be made: {error.strerror}"
-            raise CatalogUnavailableError(msg) from error
-        if not _writable(path):
-            msg = f"the catalog {self.url.shown} cannot be made: its folder may not be written"
-            raise AccessDeniedError(msg)
-
-    def _postgres_engine(self) -> Engine:
-        arguments: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "application_name": "tailorstore"}
-        url = self.url.url
-        try:
-            engine = create_engine(
-                url,
-                connect_args={key: value for key, value in arguments.items() if key not in url.query},
-                hide_parameters=True,
-                # A trainer publishes every few minutes: its connection may have been cut in between.
-                pool_pre_ping=True,
-                pool_size=4,
-                max_overflow=12,
-                use_native_hstore=False,
-            )
-        except ImportError as error:
-            msg = "a catalog in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
-            raise MissingDependencyError(msg) from error
-        event.listen(engine, "connect", _limit_lock_waits)
-        return engine
-
     def leave_connections(self) -> None:
         """Start afresh in the child of a fork."""
         # The child must neither use nor close what it inherited: closing would end the parent's session on Postgres,
         # and could remove the parent's locks and write-ahead log on SQLite. So the old pool is kept for ever.
         _inherited.append(self._engine.pool)
         self._engine.dispose(close=False)
+
+    def _with_receipt(self, work: Callable[[Connection], T]) -> Callable[[Connection], T]:
+        receipt = new_id()
+        answers: list[T] = []
+
+        def receipted(connection: Connection) -> T:
+            now = self.now(connection)
+            mine = self.insert(receipts).values(receipt_id=receipt, created_at=now).on_conflict_do_nothing()
+            # An earlier attempt may still be on its way through the server: this waits until that is decided.
+            if connection.scalar(mine.returning(receipts.c.receipt_id)) is None:
+                return answers[-1]
+            connection.execute(delete(receipts).where(receipts.c.created_at < now - _RECEIPTS_LAST))
+            answers.append(work(connection))
+            return answers[-1]
+
+        return receipted
+
+    def _run(self, engine: Engine, work: Callable[[Connection], T]) -> T:
+        patience = _Patience(self._outage)
+        outcome_unknown = False
+        while True:
+            committing = False
+            refusal = None
+            patience.begin()
+            try:
+                self._check_file()
+                with engine.connect() as connection, connection.begin() as transaction:
+                    result = work(connection)
+                    committing = True
+                    transaction.commit()
+                self._check_file()
+                self._outage.end()
+                return result
+            except SQLAlchemyError as error:
+                kind = obstacle(error)
+                outcome_unknown |= committing and kind == "outage"
+                if kind is None or patience.is_over(kind):
+                    besides = f"; it was waited for, {self._outage.patience} s in all" if kind == "outage" else ""
+                    if outcome_unknown:
+                        besides += "; the connection broke during a commit, so look whether it took effect"
+                    refusal = translate(error, self.url, besides)
+            except ValueError as error:
+                if isinstance(error, TailorError):
+                    raise
+                # What was read is no text, no JSON or no time.
+                refusal = damaged(self.url.scrub(f"{type(error).__name__}: {error}"), self.url), error
+            # Not where the driver's error would be the context of ours: psycopg's hold the password.
+            if refusal is not None:
+                raise refusal[0] from refusal[1]
+            time.sleep(patience.pause())
+
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check_same()
+
+
+class _Outage:
+    """Since when a server has not answered: one for all calls, which share the time that it is waited for."""
+
+    def __init__(self) -> None:
+        self.patience = OPENING_SECONDS
+        self._began: float | None = None
+        self._seen = 0.0
+
+    def end(self) -> None:
+        """Note that it answered."""
+        self.patience = OUTAGE_SECONDS
+        self._began = None
+
+    def is_too_long(self, asked: float) -> bool:
+        """Note that it did not answer what it was asked at a time; tell whether it has been waited for long enough.
+
+        So a commit that fails gives its claim up at once, and closing the store takes no further minute.
+        """
+        now = time.monotonic()
+        # If nobody asked for a while, it may well have been there in between.
+        if self._began is None or asked - self._seen > self.patience:
+            self._began = now
+        self._seen = now
+        return now - self._began > self.patience
+
+
+class _Patience:
+    """How long one transaction is tried."""
+
+    def __init__(self, outage: _Outage) -> None:
+        self._outage = outage
+        self._locked = time.monotonic() + LOCK_SECONDS
+        self._asked = 0.0
+        self._attempts = 0
+
+    def begin(self) -> None:
+        """Note that an attempt begins."""
+        self._asked = time.monotonic()
+
+    def is_over(self, kind: Obstacle) -> bool:
+        """Note a failed attempt; tell whether it was the last one."""
+        self._attempts += 1
+        return self._outage.is_too_long(self._asked) if kind == "outage" else time.monotonic() > self._locked
+
+    def pause(self) -> float:
+        """Return how many seconds to wait before the next one: doubling, and by chance, so that two part."""
+        return min(_LONGEST_PAUSE, 0.01 * 2.0**self._attempts) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
 _open_databases: weakref.WeakSet[Database] = weakref.WeakSet()
@@ -247,63 +247,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _writable(path: Path) -> bool:
-    """Tell whether a database file, and beside it SQLite's logs, may be written."""
-    return (not path.exists() or os.access(path, os.W_OK)) and os.access(path.parent, os.W_OK)
-
-
-def _connect(path: Path, mode: str, migrating: bool) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        uri=True,
-        timeout=LOCK_SECONDS,
-        check_same_thread=False,
-        # Leave transactions to us: the module would begin them late and deferred.
-        isolation_level=None,
-    )
+def _postgres_engine(url: CatalogUrl, *, migrating: bool) -> Engine:
     try:
-        _use_write_ahead_log(connection)
-        # FULL: a published commit survives a power cut, not only a crash of the process.
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA foreign_keys = {'OFF' if migrating else 'ON'}")
-        connection.execute("PRAGMA cache_size = -16384")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+        # Only now: the driver is an optional package.
+        from tailorstore.catalog.postgres import postgres_engine
 
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    # Two processes that switch a new file at once: one is refused without any waiting, whatever the timeout.
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            # Where the file system cannot do it, SQLite answers with the mode it keeps, and that works too.
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if not is_busy(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
-
-
-def _connect_read_only(path: Path) -> sqlite3.Connection:
-    # Reading needs the files of the write-ahead log while there is a writer, and may not make them. Without them
-    # nobody is writing, and SQLite must be told so.
-    live = path.with_name(f"{path.name}-wal").exists()
-    options = "mode=ro" if live or os.access(path.parent, os.W_OK) else "immutable=1"
-    return sqlite3.connect(
-        f"{path.as_uri()}?{options}", uri=True, timeout=LOCK_SECONDS, check_same_thread=False, isolation_level=None
-    )
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes its lock at once: a reader that turns writer may be refused without waiting.
-    writes = connection.get_execution_options().get(_WRITES, False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _limit_lock_waits(connection: DBAPIConnection, _record: object) -> None:
-    connection.cursor().execute(f"SET lock_timeout = '{LOCK_SECONDS}s'")
-    connection.commit()
+        return postgres_engine(url.url, migrating=migrating)
+    except ImportError as error:
+        msg = "a catalog in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
+        raise MissingDependencyError(msg) from error

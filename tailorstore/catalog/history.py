@@ -1,13 +1,22 @@
 """Looking back: heads, logs, composites, layers and sizes. Nothing here changes anything."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select
 
 from tailorstore.catalog.scope import COMMIT_COLUMNS, IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
 from tailorstore.catalog.tables import branches, commits, composites, layers, leases, lines, tags, versions
 from tailorstore.domain.errors import RefNotFoundError
-from tailorstore.domain.records import Commit, Composite, LayerInfo, LayerVersion, StoreStats
+from tailorstore.domain.lines import LineRun, Tip
+from tailorstore.domain.records import (
+    Commit,
+    CommitManifest,
+    Composite,
+    LayerInfo,
+    LayerVersion,
+    StoreStats,
+)
+from tailorstore.domain.replay import Replayed
 
 _PAGE = 2000
 """Versions read in one transaction when all are streamed."""
@@ -66,6 +75,73 @@ class History(Scope):
 
         return self._read(work)
 
+    def lines_of(self, branch: str) -> tuple[LineRun, ...]:
+        """Return the lines along which a branch runs, newest first; none if there is no such branch."""
+
+        def work(connection: Connection) -> tuple[LineRun, ...]:
+            chain = self._chain(branch)
+            named = select(lines.c.line_id, chain.c.bound, chain.c.depth).join(chain, lines.c.pk == chain.c.pk)
+            found = connection.execute(named.order_by(chain.c.depth))
+            return tuple(LineRun(row.line_id, row.bound if row.depth else None) for row in found)
+
+        return self._read(work)
+
+    def lines_to(self, commit_id: str) -> tuple[LineRun, ...]:
+        """Return the lines along which the history of a commit runs, newest first, as its manifest has them.
+
+        Raises:
+            RefNotFoundError: there is no such commit.
+        """
+
+        def work(connection: Connection) -> tuple[LineRun, ...]:
+            row = self._commit_row(connection, commit_id)
+            if row is None:
+                msg = f"no commit {commit_id}"
+                raise RefNotFoundError(msg)
+            found: list[LineRun] = []
+            line_pk, until = row.line_pk, None
+            while line_pk is not None:
+                fork = select(lines.c.line_id, lines.c.parent_pk, lines.c.fork_step).where(lines.c.pk == line_pk)
+                line_id, line_pk, fork_step = connection.execute(fork).one()
+                found.append(LineRun(line_id, until))
+                until = fork_step
+            return tuple(found)
+
+        return self._read(work)
+
+    def whole_history(self) -> Replayed:
+        """Return every commit with its lines, oldest first, and where names point, as of one moment.
+
+        The form is that of a replay of the root, so that the two can be compared; manifests are without layers.
+        """
+        of_branches = (
+            select(branches.c.name, commits.c.commit_id, lines.c.line_id)
+            .join(commits, commits.c.pk == branches.c.head_pk)
+            .join(lines, lines.c.pk == branches.c.line_pk)
+            .where(branches.c.store_pk == self._pk)
+        )
+        of_tags = (
+            select(tags.c.name, commits.c.commit_id)
+            .join(commits, commits.c.pk == tags.c.commit_pk)
+            .where(tags.c.store_pk == self._pk)
+        )
+        all_lines = select(lines.c.pk, lines.c.line_id, lines.c.parent_pk, lines.c.fork_step)
+        binding = self.opened_as()
+
+        def work(connection: Connection) -> Replayed:
+            known = {row.pk: row for row in connection.execute(all_lines.where(lines.c.store_pk == self._pk))}
+            runs = {pk: _runs_to(pk, known) for pk in known}
+            made = connection.execute(self._commits().order_by(commits.c.created_at, commits.c.commit_id))
+            return Replayed(
+                tuple(CommitManifest(binding, to_commit(row), {}, {}, {}, runs[row.line_pk]) for row in made),
+                {row.name: Tip(row.commit_id, row.line_id) for row in connection.execute(of_branches)},
+                {row.name: row.commit_id for row in connection.execute(of_tags)},
+                unplaced=(),
+                contradictory=(),
+            )
+
+        return self._read(work)
+
     def composite(self, commit_id: str) -> Composite:
         """Return a commit's full map.
 
@@ -89,6 +165,7 @@ class History(Scope):
             RefNotFoundError: there is no such commit.
         """
         composite = self.composite(commit_id)
+        quarantined = composite.quarantined
         mine = select(layers.c.pk).where(layers.c.store_pk == self._pk)
         counted = (
             select(versions.c.layer_pk, func.count())
@@ -113,6 +190,7 @@ class History(Scope):
                 versions=held.get(version.layer, 0),
                 base_step=composite.bases[version.layer].step if version.layer in composite.bases else None,
                 error=version.error,
+                quarantined=quarantined.get(version.layer),
             )
             for version in composite.versions.values()
         ]
@@ -199,3 +277,15 @@ class History(Scope):
         )
         rows = connection.execute(alive.order_by(versions.c.pk).limit(_PAGE)).all()
         return self._to_versions(connection, rows), rows[-1].key if rows else after
+
+
+def _runs_to(line_pk: int, known: Mapping[int, AnyRow]) -> tuple[LineRun, ...]:
+    """Return a line and those that it goes back to, newest first."""
+    found: list[LineRun] = []
+    at: int | None = line_pk
+    until: int | None = None
+    while at is not None:
+        line = known[at]
+        found.append(LineRun(line.line_id, until))
+        at, until = line.parent_pk, line.fork_step
+    return tuple(found)

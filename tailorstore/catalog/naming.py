@@ -9,7 +9,7 @@ from tailorstore.catalog.failures import is_duplicate
 from tailorstore.catalog.scope import AnyRow, Scope
 from tailorstore.catalog.tables import branches, commits, tags
 from tailorstore.domain.errors import BranchExistsError, RefNotFoundError, TagExistsError
-from tailorstore.domain.names import check_name
+from tailorstore.domain.names import check_name, new_id
 from tailorstore.domain.records import Reference
 
 
@@ -47,21 +47,29 @@ class Naming(Scope):
                 raise TagExistsError(msg) from None
             return Reference(name, commit.commit_id, commit.step, now)
 
-        return self._write(work, exclusive=True, repeatable=False)
+        return self._write(work, exclusive=True, once=True)
 
-    def untag(self, name: str) -> None:
-        """Remove a tag; its commit is GC's to judge from then on.
+    def untag(self, name: str) -> datetime:
+        """Remove a tag, its commit is GC's to judge from then on; returns when, by the catalog's clock.
 
         Raises:
             RefNotFoundError: there is no such tag.
         """
-        self._remove(tags, "tag", name)
+        return self._remove(tags, "tag", name)
 
-    def branch(self, name: str, commit_id: str, *, move: bool) -> Reference:
+    def branch(self, name: str, commit_id: str, *, move: bool, line: str | None = None) -> datetime | None:
         """Make a branch that continues from a commit, or move one there.
+
+        Returns when, by the catalog's clock; None where the branch pointed there already, and nothing was changed.
 
         The commits that a moved branch leaves behind stay until GC, out of its log. A commit that is being written
         on it cannot be published any more.
+
+        Args:
+            name: of the branch.
+            commit_id: where it points from now on.
+            move: allow that it exists.
+            line: id of the line that begins; that of the record which says so in the root. A fresh one by default.
 
         Raises:
             BranchExistsError: the branch exists and ``move`` is false.
@@ -71,7 +79,7 @@ class Naming(Scope):
         """
         check_name("branch", name)
 
-        def work(connection: Connection, now: datetime) -> Reference:
+        def work(connection: Connection, now: datetime) -> datetime | None:
             commit = self._needed(connection, commit_id)
             if self._is_tag(connection, name):
                 msg = f"{name!r} is a tag, so no branch can have that name"
@@ -82,27 +90,29 @@ class Naming(Scope):
                 msg = f"branch {name!r} exists; pass move=True to move it to {commit.branch}@{commit.step}"
                 raise BranchExistsError(msg)
             if old is not None and old.head_pk == commit.pk:
-                return Reference(name, commit.commit_id, commit.step, old.created_at)
+                return None
             # A line of its own, so that what is committed from here on and what was committed after the fork point
             # never meet in one log.
-            line_pk = self._add_line(connection, commit.line_pk, commit.step)
+            line_pk = self._add_line(connection, line or new_id(), commit.line_pk, commit.step)
             if old is None:
                 row = {"store_pk": self._pk, "name": name, "created_at": now}
                 connection.execute(insert(branches).values(**row, line_pk=line_pk, head_pk=commit.pk))
-                return Reference(name, commit.commit_id, commit.step, now)
+                return now
             moved = update(branches).where(branches.c.pk == old.pk)
             connection.execute(moved.values(line_pk=line_pk, head_pk=commit.pk))
-            return Reference(name, commit.commit_id, commit.step, old.created_at)
+            return now
 
-        return self._write(work, exclusive=True, repeatable=move)
+        return self._write(work, exclusive=True, once=True)
 
-    def delete_branch(self, name: str) -> None:
+    def delete_branch(self, name: str) -> datetime:
         """Remove a branch; commits that no other branch or tag reaches are GC's to judge from then on.
+
+        Returns when, by the catalog's clock.
 
         Raises:
             BranchNotFoundError: there is no such branch.
         """
-        self._remove(branches, "branch", name)
+        return self._remove(branches, "branch", name)
 
     def tags(self) -> list[Reference]:
         """Return all tags, by name."""
@@ -122,16 +132,17 @@ class Naming(Scope):
         # Sorted here, because databases sort text by the rules of some country.
         return sorted((Reference(*row) for row in rows), key=lambda reference: reference.name)
 
-    def _remove(self, table: Table, kind: str, name: str) -> None:
-        def work(connection: Connection, _now: datetime) -> None:
+    def _remove(self, table: Table, kind: str, name: str) -> datetime:
+        def work(connection: Connection, now: datetime) -> datetime:
             mine = delete(table).where(table.c.store_pk == self._pk, table.c.name == name)
             if connection.execute(mine).rowcount == 0:
                 if table is branches:
                     raise self._no_branch(connection, name)
                 msg = f"no {kind} {name!r}"
                 raise RefNotFoundError(msg)
+            return now
 
-        self._write(work, exclusive=True, repeatable=False)
+        return self._write(work, exclusive=True, once=True)
 
     def _needed(self, connection: Connection, commit_id: str) -> AnyRow:
         row = self._commit_row(connection, commit_id)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, func, select
 
 from tailorstore.catalog.scope import MAX_STEP, AnyRow, Scope, owner, to_commit
 from tailorstore.catalog.tables import branches, commits, leases, tags
@@ -39,13 +39,14 @@ class Resolving(Scope):
         """
         if lease is None or self._database.read_only:
             return self._read(lambda connection: self._composite(connection, self._find(connection, ref, branch))), None
-        duration = lease
+        duration, lease_id = lease, new_id()
 
         def work(connection: Connection, now: datetime) -> tuple[Composite, str | None]:
             row = self._find(connection, ref, branch)
-            lease_id = new_id()
-            claim = {"lease_id": lease_id, "store_pk": self._pk, "commit_pk": row.pk, "owner": owner()}
-            connection.execute(insert(leases).values(**claim, expires_at=now + duration))
+            claim = {"commit_pk": row.pk, "owner": owner(), "expires_at": now + duration}
+            mine = self._database.insert(leases).values(lease_id=lease_id, store_pk=self._pk, **claim)
+            # It may stand there already, if the reply to an earlier attempt was lost.
+            connection.execute(mine.on_conflict_do_update(index_elements=[leases.c.lease_id], set_=claim))
             return self._composite(connection, row), lease_id
 
         return self._write(work)

@@ -74,6 +74,7 @@ _VERSION_COLUMNS = (
     versions.c.fidelity,
     _bases.c.version_id,
     versions.c.error,
+    versions.c.damage,
 )
 
 
@@ -106,6 +107,10 @@ class Scope:
         epoch = self._read(lambda connection: connection.scalar(self._epoch()))
         return Binding(self.store_id, self._catalog_id, int(epoch or 0))
 
+    def opened_as(self) -> Binding:
+        """Return the catalog and the epoch that this object was opened with; asks nobody."""
+        return Binding(self.store_id, self._catalog_id, self.epoch)
+
     def root(self) -> str:
         """Return where the store's root was when it was made or taken over, without secrets.
 
@@ -121,24 +126,24 @@ class Scope:
     def _read(self, work: Callable[[Connection], T]) -> T:
         return self._database.read(work)
 
-    def _write(
-        self, work: Callable[[Connection, datetime], T], *, exclusive: bool = False, repeatable: bool = True
-    ) -> T:
+    def _write(self, work: Callable[[Connection, datetime], T], *, exclusive: bool = False, once: bool = False) -> T:
         """Run a write with the store's row locked, and the catalog's time.
 
         Args:
             work: the write.
             exclusive: alone on this store, for what changes names or drops rows. All others share the lock, so that
                 what they have looked at cannot be dropped before they are done. (On SQLite every writer is alone.)
-            repeatable: see :meth:`Database.write`.
+            once: see :meth:`Database.write`.
 
         Raises:
             RootTakenError: the store was taken over since it was opened. Nothing was changed.
         """
 
         def locked(connection: Connection) -> T:
-            look = select(stores.c.epoch, self._database.clock()).where(stores.c.pk == self._pk)
-            epoch, now = connection.execute(look.with_for_update(read=not exclusive)).one()
+            # Below the clock, so that time is told once the row is locked: transactions that wait for each other
+            # are in the order of their times.
+            mine = select(stores.c.epoch).where(stores.c.pk == self._pk).with_for_update(read=not exclusive).subquery()
+            epoch, now = connection.execute(select(mine.c.epoch, self._database.clock())).one()
             if epoch != self.epoch:
                 msg = (
                     f"store {self.store_id} was taken over: its epoch in the catalog {self._database.url.shown} is "
@@ -147,7 +152,7 @@ class Scope:
                 raise RootTakenError(msg)
             return work(connection, now)
 
-        return self._database.write(locked, repeatable=repeatable)
+        return self._database.write(locked, once=once)
 
     # --- Commits ------------------------------------------------------------------------------------------------
 
@@ -252,8 +257,10 @@ class Scope:
                 known.update({row.name: row.pk for row in found})
         return known
 
-    def _add_line(self, connection: Connection, parent_pk: int | None = None, fork_step: int | None = None) -> int:
-        new = insert(lines).values(store_pk=self._pk, parent_pk=parent_pk, fork_step=fork_step)
+    def _add_line(
+        self, connection: Connection, line_id: str, parent_pk: int | None = None, fork_step: int | None = None
+    ) -> int:
+        new = insert(lines).values(store_pk=self._pk, line_id=line_id, parent_pk=parent_pk, fork_step=fork_step)
         return added_key(connection.execute(new))
 
     def _versions(self) -> Select[Any]:

@@ -153,7 +153,9 @@ lines = Table(
     Column("store_pk", ForeignKey(stores.c.pk), nullable=False, index=True),
     Column("parent_pk", ForeignKey("lines.pk"), index=True),
     Column("fork_step", BigInteger),
+    Column("line_id", ID),
     CheckConstraint("(parent_pk IS NULL) = (fork_step IS NULL)", name="fork"),
+    Index("uq_lines_store_pk_line_id", "store_pk", "line_id", unique=True),
     comment="Append-only runs of commits with growing steps; a fork continues its parent after fork_step.",
 )
 
@@ -173,6 +175,7 @@ commits = Table(
     Column("layers_written", JsonText, nullable=False),
     Column("bytes_written", BigInteger, nullable=False),
     Column("bytes_logical", BigInteger, nullable=False),
+    Column("verified_at", UtcDateTime),
     UniqueConstraint("store_pk", "commit_id"),
     UniqueConstraint("line_pk", "step"),
     Index(None, "store_pk", "step"),
@@ -220,6 +223,9 @@ versions = Table(
     Column("objects", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("doomed_at", UtcDateTime),
+    Column("verified_at", UtcDateTime),
+    Column("quarantined_at", UtcDateTime),
+    Column("damage", AnyText),
     # Led by version_id: publishing and sweeping ask by commit; both columns are given when a single row is wanted.
     UniqueConstraint("version_id", "layer_pk"),
     CheckConstraint("fidelity IN ('full', 'light')", name="fidelity"),
@@ -227,8 +233,15 @@ versions = Table(
 )
 _HAS_BASE = versions.c.base_pk.is_not(None)
 _IS_DOOMED = versions.c.doomed_at.is_not(None)
+_IS_QUARANTINED = versions.c.quarantined_at.is_not(None)
 Index("ix_versions_base_pk", versions.c.base_pk, sqlite_where=_HAS_BASE, postgresql_where=_HAS_BASE)
 Index("ix_versions_doomed_at", versions.c.doomed_at, sqlite_where=_IS_DOOMED, postgresql_where=_IS_DOOMED)
+Index(
+    "ix_versions_quarantined_at",
+    versions.c.quarantined_at,
+    sqlite_where=_IS_QUARANTINED,
+    postgresql_where=_IS_QUARANTINED,
+)
 
 composites = Table(
     "composites",
@@ -268,6 +281,17 @@ pending = Table(
     comment="Announced commits. Publishing needs the row; GC voids it once it has lapsed.",
 )
 
+withdrawn = Table(
+    "withdrawn",
+    metadata,
+    Column("store_pk", ForeignKey(stores.c.pk), nullable=False),
+    Column("commit_id", ID, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("withdrawn_at", UtcDateTime, nullable=False),
+    PrimaryKeyConstraint("store_pk", "commit_id"),
+    comment="Commit ids that lost their standing, until nothing of theirs is left in the root.",
+)
+
 leases = Table(
     "leases",
     metadata,
@@ -277,4 +301,12 @@ leases = Table(
     Column("owner", AnyText, nullable=False),
     Column("expires_at", UtcDateTime, nullable=False),
     comment="Readers' claims on commits.",
+)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("receipt_id", ID, primary_key=True),
+    Column("created_at", UtcDateTime, nullable=False),
+    comment="Proof that a write that must not happen twice took effect, for a client that lost the reply.",
 )

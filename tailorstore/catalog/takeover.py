@@ -1,7 +1,6 @@
 """Rebuilding a store's rows from its manifests."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -9,6 +8,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from tailorstore.catalog.measuring import Measuring
 from tailorstore.catalog.scope import ROWS_TOGETHER, commit_row, in_batches, version_row
+from tailorstore.catalog.standing import Standings
 from tailorstore.catalog.tables import (
     branches,
     commits,
@@ -21,64 +21,17 @@ from tailorstore.catalog.tables import (
     stores,
     tags,
     versions,
+    withdrawn,
 )
+from tailorstore.catalog.verifying import put_into_quarantine
 from tailorstore.domain.errors import CorruptDocumentError, RefNotFoundError
-from tailorstore.domain.records import Commit, CommitManifest, LayerVersion
+from tailorstore.domain.lines import Tip
+from tailorstore.domain.names import new_id
+from tailorstore.domain.records import CommitManifest, LayerVersion, Standing
+from tailorstore.domain.replay import parents_of_lines
 
 
-@dataclass(slots=True)
-class PlannedLine:
-    """A line to be made."""
-
-    parent: int | None = None
-    """Index of the line it forks from, always an earlier one."""
-    fork_step: int | None = None
-    commits: list[Commit] = field(default_factory=list)
-    """With growing steps."""
-
-    def reaches(self, step: int) -> int | None:
-        """Return the line's last step before ``step``."""
-        return max((commit.step for commit in self.commits if commit.step < step), default=None)
-
-
-def plan_lines(history: Sequence[Commit]) -> list[PlannedLine]:
-    """Lay commits out in lines as they were published, as far as they tell.
-
-    A commit extends its branch's line if its parent is that line's newest commit, and otherwise forks from its
-    parent. Where the parent is gone (ancestors may be expired freely) the branch is what is left to go by: it extends
-    its branch's line if its step allows, or else forks from the last commit there that is earlier.
-
-    Args:
-        history: oldest first.
-    """
-    planned: list[PlannedLine] = []
-    current: dict[str, int] = {}
-    place: dict[str, int] = {}
-
-    def start(commit: Commit) -> int:
-        parent = None if commit.parent is None else place.get(commit.parent)
-        fork_step: int | None = None
-        if parent is not None:
-            fork_step = next(one.step for one in planned[parent].commits if one.id == commit.parent)
-        elif commit.branch in current and commit.parent is not None:
-            parent = current[commit.branch]
-            fork_step = planned[parent].reaches(commit.step)
-        planned.append(PlannedLine(None if fork_step is None else parent, fork_step))
-        return len(planned) - 1
-
-    for commit in history:
-        index = current.get(commit.branch)
-        newest = planned[index].commits[-1] if index is not None else None
-        follows = newest is not None and commit.step > newest.step and commit.parent is not None
-        if index is None or newest is None or not follows or (commit.parent in place and commit.parent != newest.id):
-            index = start(commit)
-        planned[index].commits.append(commit)
-        current[commit.branch] = index
-        place[commit.id] = index
-    return planned
-
-
-class TakingOver(Measuring):
+class TakingOver(Measuring, Standings):
     """The rebuilder's verb, called by ``Catalog.take_over``."""
 
     def _replace(
@@ -87,40 +40,36 @@ class TakingOver(Measuring):
         now: datetime,
         root: str,
         manifests: Sequence[CommitManifest],
-        heads: Mapping[str, str],
+        heads: Mapping[str, Tip],
         fixed: Mapping[str, str],
+        quarantine: Mapping[tuple[str, str], str],
+        gone: Mapping[str, Standing],
     ) -> None:
         """Replace all that the catalog knew of the store, and put the store's epoch in force."""
         mine = update(stores).where(stores.c.pk == self._pk)
         # First of all, and it locks the row: whoever still writes at the old epoch finds out.
         connection.execute(mine.values(epoch=self.epoch, root=root))
         self._clear(connection)
-        commit_pks, line_of = self._add_history(connection, [manifest.commit for manifest in manifests])
+        for reason in sorted(set(gone.values())):
+            self._withdraw(connection, now, [one for one, why in gone.items() if why == reason], reason)
+        line_pks = self._add_lines(connection, manifests)
+        commit_pks = self._add_commits(connection, manifests, line_pks)
         version_pks = self._add_versions_of(connection, manifests, now)
+        self._quarantine_known(connection, now, version_pks, quarantine)
         self._add_maps(connection, manifests, commit_pks, version_pks)
         self._add_measures(connection, {commit_pks[one.commit.id]: one.measures for one in manifests})
-        by_id = {manifest.commit.id: manifest.commit for manifest in manifests}
-        for kind, names in (("branch", heads), ("tag", fixed)):
-            for name, commit_id in names.items():
-                if commit_id not in by_id:
-                    msg = f"{kind} {name!r} points to commit {commit_id}, of which there is no manifest"
-                    raise RefNotFoundError(msg)
-        newest = {line: max(steps) for line, steps in _steps_by_line(by_id, line_of).items()}
-        taken: set[int] = set()
-        for name, commit_id in heads.items():
-            commit, line_pk = by_id[commit_id], line_of[commit_id]
-            # Continue the line it was committed on, unless another branch does or more was committed after it.
-            if commit.branch != name or line_pk in taken or newest[line_pk] != commit.step:
-                line_pk = self._add_line(connection, line_pk, commit.step)
-            taken.add(line_pk)
-            row = {"store_pk": self._pk, "name": name, "line_pk": line_pk, "created_at": now}
-            connection.execute(insert(branches).values(**row, head_pk=commit_pks[commit_id]))
+        pointed = {**{name: tip.commit for name, tip in heads.items()}, **fixed}
+        for name, commit_id in pointed.items():
+            if commit_id not in commit_pks:
+                msg = f"branch or tag {name!r} points to commit {commit_id}, of which there is no manifest"
+                raise RefNotFoundError(msg)
+        self._add_branches(connection, now, manifests, heads, line_pks, commit_pks)
         for name, commit_id in fixed.items():
             row = {"store_pk": self._pk, "name": name, "commit_pk": commit_pks[commit_id], "created_at": now}
             connection.execute(insert(tags).values(**row))
 
     def _clear(self, connection: Connection) -> None:
-        for table in (leases, pending, tags, branches):
+        for table in (leases, pending, withdrawn, tags, branches):
             connection.execute(delete(table).where(table.c.store_pk == self._pk))
         mine = select(commits.c.pk).where(commits.c.store_pk == self._pk)
         for table in (composites, measures):
@@ -133,17 +82,50 @@ class TakingOver(Measuring):
         connection.execute(update(lines).where(lines.c.store_pk == self._pk).values(parent_pk=None, fork_step=None))
         connection.execute(delete(lines).where(lines.c.store_pk == self._pk))
 
-    def _add_history(self, connection: Connection, history: Sequence[Commit]) -> tuple[dict[str, int], dict[str, int]]:
-        line_pks: list[int] = []
-        line_of: dict[str, int] = {}
-        for planned in plan_lines(history):
-            parent_pk = None if planned.parent is None else line_pks[planned.parent]
-            line_pk = self._add_line(connection, parent_pk, planned.fork_step)
-            line_pks.append(line_pk)
-            line_of.update({commit.id: line_pk for commit in planned.commits})
-        _insert_all(connection, commits, (commit_row(one, self._pk, line_of[one.id]) for one in history))
+    def _add_lines(self, connection: Connection, manifests: Sequence[CommitManifest]) -> dict[str, int]:
+        """Insert every line that a manifest tells of and return the keys by id."""
+        line_pks: dict[str, int] = {}
+        for line, parent in parents_of_lines(manifests).items():
+            fork = (None, None) if parent is None else (line_pks[parent.line], parent.until)
+            line_pks[line] = self._add_line(connection, line, *fork)
+        return line_pks
+
+    def _add_commits(
+        self, connection: Connection, manifests: Sequence[CommitManifest], line_pks: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Insert the commits, each on its line, and return the keys by id."""
+        rows = (commit_row(one.commit, self._pk, line_pks[one.lines[0].line]) for one in manifests)
+        _insert_all(connection, commits, rows)
         found = select(commits.c.commit_id, commits.c.pk).where(commits.c.store_pk == self._pk)
-        return {row.commit_id: row.pk for row in connection.execute(found)}, line_of
+        return {row.commit_id: row.pk for row in connection.execute(found)}
+
+    def _add_branches(
+        self,
+        connection: Connection,
+        now: datetime,
+        manifests: Sequence[CommitManifest],
+        heads: Mapping[str, Tip],
+        line_pks: dict[str, int],
+        commit_pks: Mapping[str, int],
+    ) -> None:
+        by_id = {one.commit.id: one for one in manifests}
+        ends: dict[str, int] = {}
+        for one in manifests:
+            line = one.lines[0].line
+            ends[line] = max(one.commit.step, ends.get(line, -1))
+        taken: set[str] = set()
+        for name, tip in heads.items():
+            head, line = by_id[tip.commit], tip.line
+            # Steps grow along a line, and a line is one branch's. In a root that lost documents a branch may point to
+            # where it cannot go on.
+            if line in taken or (line in line_pks and ends.get(line, head.commit.step) > head.commit.step):
+                line = new_id()
+            if line not in line_pks:
+                parent_pk = line_pks[head.lines[0].line]
+                line_pks[line] = self._add_line(connection, line, parent_pk, head.commit.step)
+            taken.add(line)
+            row = {"store_pk": self._pk, "name": name, "line_pk": line_pks[line], "created_at": now}
+            connection.execute(insert(branches).values(**row, head_pk=commit_pks[tip.commit]))
 
     def _add_versions_of(
         self, connection: Connection, manifests: Sequence[CommitManifest], now: datetime
@@ -175,6 +157,20 @@ class TakingOver(Measuring):
             pks = self._version_keys(connection)
         return pks
 
+    def _quarantine_known(
+        self,
+        connection: Connection,
+        now: datetime,
+        version_pks: Mapping[tuple[int, str], int],
+        quarantine: Mapping[tuple[str, str], str],
+    ) -> None:
+        known = select(layers.c.component, layers.c.pk).where(layers.c.store_pk == self._pk)
+        keys = {row.component: row.pk for row in connection.execute(known)} if quarantine else {}
+        found = {(keys.get(component, 0), one): damage for (component, one), damage in quarantine.items()}
+        put_into_quarantine(
+            connection, now, {version_pks[pair]: damage for pair, damage in found.items() if pair in version_pks}
+        )
+
     def _version_keys(self, connection: Connection) -> dict[tuple[int, str], int]:
         found = (
             select(versions.c.layer_pk, versions.c.version_id, versions.c.pk)
@@ -201,13 +197,6 @@ class TakingOver(Measuring):
             for layer, version in manifest.versions.items()
         )
         _insert_all(connection, composites, rows)
-
-
-def _steps_by_line(by_id: Mapping[str, Commit], line_of: Mapping[str, int]) -> dict[int, list[int]]:
-    steps: dict[int, list[int]] = {}
-    for commit_id, line_pk in line_of.items():
-        steps.setdefault(line_pk, []).append(by_id[commit_id].step)
-    return steps
 
 
 def _insert_all(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import URL, make_url
@@ -20,10 +20,10 @@ _HIDDEN = "***"
 class CatalogUrl:
     """A catalog URL that was understood."""
 
-    url: URL
+    url: URL = field(repr=False)
     shown: str
     """The URL as it may be printed and logged."""
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...] = field(repr=False)
     """Texts that must not appear in any message."""
     path: Path | None
     """The database file; ``None`` on Postgres."""

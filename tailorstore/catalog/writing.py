@@ -20,7 +20,8 @@ from tailorstore.catalog.scope import (
     to_commit,
     version_row,
 )
-from tailorstore.catalog.tables import branches, commits, composites, layers, leases, pending, versions
+from tailorstore.catalog.standing import Standings
+from tailorstore.catalog.tables import branches, commits, composites, layers, leases, lines, pending, versions
 from tailorstore.domain.errors import (
     HeadMovedError,
     InvalidInputError,
@@ -34,7 +35,7 @@ from tailorstore.domain.records import EXTRA_LAYER, Commit, CommitDraft, LayerMe
 _NOTHING_MEASURED: Mapping[str, LayerMeasures] = MappingProxyType({})
 
 
-class Writing(Measuring):
+class Writing(Measuring, Standings):
     """The writer's verbs."""
 
     def announce(self, commit_id: str, branch: str, step: int, lease: timedelta) -> Commit | None:
@@ -82,6 +83,7 @@ class Writing(Measuring):
             again = {name: claim.excluded[name] for name in ("branch", "step", "parent_id", "expires_at")}
             keys = [pending.c.store_pk, pending.c.commit_id]
             connection.execute(claim.on_conflict_do_update(index_elements=keys, set_=again))
+            self._reinstate(connection, commit_id)
             return None if head is None else to_commit(head)
 
         return self._write(work)
@@ -117,7 +119,14 @@ class Writing(Measuring):
             CatalogUnavailableError: perhaps the claim still stands; it lapses.
         """
         mine = delete(pending).where(pending.c.store_pk == self._pk, pending.c.commit_id == commit_id)
-        self._database.write(lambda connection: connection.execute(mine).close())
+
+        def work(connection: Connection) -> None:
+            connection.execute(mine)
+            # After a lost reply it may have been published.
+            if self._commit_row(connection, commit_id) is None:
+                self._withdraw(connection, self._database.now(connection), [commit_id], "abandoned")
+
+        self._database.write(work)
 
     def release(self, lease_ids: Sequence[str]) -> None:
         """End readers' leases; unknown ids are no error, and neither is a read-only catalog, which gives none.
@@ -169,12 +178,11 @@ class Writing(Measuring):
             _check_version(version, draft)
 
         def work(connection: Connection, now: datetime) -> Commit:
-            published = self._commit_row(connection, draft.id)
+            published = self._commit_row(connection, draft.id) or self._take_claim(connection, draft)
             if published is not None:
                 return to_commit(published)
-            self._take_claim(connection, draft)
             branch = self._expect_parent(connection, draft)
-            line_pk = self._add_line(connection) if branch is None else branch.line_pk
+            line_pk = self._add_line(connection, draft.id) if branch is None else branch.line_pk
             commit = _finished(draft, new_versions, now)
             row = commit_row(commit, self._pk, line_pk)
             commit_pk = added_key(connection.execute(insert(commits).values(row)))
@@ -188,20 +196,34 @@ class Writing(Measuring):
         # A first commit makes a name, and names are made one at a time, so that no tag gets the same one.
         return self._write(work, exclusive=draft.parent is None)
 
-    def _take_claim(self, connection: Connection, draft: CommitDraft) -> None:
+    def _take_claim(self, connection: Connection, draft: CommitDraft) -> AnyRow | None:
+        """Delete the claim; return the commit if it was published just now, by an attempt that lost the reply."""
         mine = delete(pending).where(pending.c.store_pk == self._pk, pending.c.commit_id == draft.id)
         # This row decides the race with a GC that judged the lease as lapsed: whoever deletes it goes on.
-        if connection.execute(mine).rowcount != 1:
+        if connection.execute(mine).rowcount == 1:
+            return None
+        # That attempt may have had the row while this one waited for it.
+        published = self._commit_row(connection, draft.id)
+        if published is None:
             msg = (
                 f"step {draft.step} on branch {draft.branch!r} took longer than its lease and GC voided commit "
                 f"{draft.id}; nothing of it is visible, commit again"
             )
             raise LeaseExpiredError(msg)
+        return published
 
     def _expect_parent(self, connection: Connection, draft: CommitDraft) -> AnyRow | None:
         """Return the branch, locked, if its head is the draft's parent; None if the branch is to be made."""
         found = (
-            select(branches.c.pk, branches.c.line_pk, branches.c.head_pk, commits.c.commit_id, commits.c.step)
+            select(
+                branches.c.pk,
+                branches.c.line_pk,
+                branches.c.head_pk,
+                commits.c.commit_id,
+                commits.c.step,
+                lines.c.line_id,
+            )
+            .join(lines, lines.c.pk == branches.c.line_pk)
             .outerjoin(commits, commits.c.pk == branches.c.head_pk)
             .where(branches.c.store_pk == self._pk, branches.c.name == draft.branch)
             .with_for_update(of=branches)
@@ -209,6 +231,9 @@ class Writing(Measuring):
         branch = connection.execute(found).first()
         if (None if branch is None else branch.commit_id) != draft.parent:
             raise self._head_moved(draft, None if branch is None else branch.step)
+        # Moved away and back again, it is on another line than the commit's manifest says.
+        if draft.line is not None and draft.line != (draft.id if branch is None else branch.line_id):
+            raise self._head_moved(draft, None)
         if branch is None and self._is_tag(connection, draft.branch):
             msg = f"{draft.branch!r} became a tag, so no branch can have that name; nothing was published"
             raise TagExistsError(msg)
@@ -334,7 +359,7 @@ def _finished(draft: CommitDraft, new_versions: Sequence[LayerVersion], now: dat
         step=draft.step,
         branch=draft.branch,
         parent=draft.parent,
-        created_at=now,
+        created_at=draft.created_at or now,
         message=draft.message,
         metrics=dict(draft.metrics),
         layers_written=tuple(sorted(one.layer for one in new_versions if one.layer != EXTRA_LAYER)),

@@ -28,6 +28,8 @@ INTERRUPTED = 130
 """As a shell reports a program that ended by SIGINT."""
 PIPE_CLOSED = 141
 """As a shell reports a program that ended by SIGPIPE."""
+TERMINATED = 143
+"""As a shell reports a program that ended by SIGTERM."""
 
 EXIT_CODES = (
     (OK, "done"),
@@ -37,6 +39,8 @@ EXIT_CODES = (
     (REFUSED, "refused: a name is taken, access denied, another catalog owns the root, another version made it"),
     (BROKEN, "broken: stored data is missing or damaged, or verify found damage"),
     (UNAVAILABLE, "storage or catalog cannot be reached, or storage is full; try again"),
+    (INTERRUPTED, "interrupted (Ctrl-C)"),
+    (TERMINATED, "terminated (SIGTERM)"),
 )
 """What ``tailorstore --help`` says of them."""
 

@@ -3,15 +3,26 @@
 import json as json_module
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import click
 
 from tailorstore import __version__
-from tailorstore.cli.errors import EXIT_CODES, INTERRUPTED, PIPE_CLOSED, UNEXPECTED, error_kind, exit_code
+from tailorstore.cli.errors import (
+    EXIT_CODES,
+    INTERRUPTED,
+    PIPE_CLOSED,
+    TERMINATED,
+    UNEXPECTED,
+    error_kind,
+    exit_code,
+)
 from tailorstore.cli.output import print_error, shown
 from tailorstore.cli.secrets import scrub
 from tailorstore.cli.settings import Settings, common_options, first_line, settings_of, write_examples
@@ -21,7 +32,7 @@ SECTIONS = (
     ("Begin", ("init", "demo", "bench", "study")),
     ("Look", ("log", "show", "diff", "checkout", "heatmap", "stats", "strategies")),
     ("Name", ("tag", "branch")),
-    ("Keep in order", ("gc", "verify", "rebuild", "upgrade")),
+    ("Keep in order", ("gc", "verify", "scrub", "rebuild", "upgrade")),
 )
 """All commands, as the help lists them."""
 
@@ -100,7 +111,26 @@ class CommandGroup(click.Group):
 
         if not standalone_mode:
             return run()
-        sys.exit(_report(run, settings, typed))
+        with _leaving_cleanly():
+            code = _report(run, settings, typed)
+        sys.exit(code)
+
+
+@contextmanager
+def _leaving_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind what runs, as Ctrl-C does: leases are given back, and halves of files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(run: Callable[[], Any], settings: Settings, typed: Sequence[str]) -> int:
@@ -108,8 +138,11 @@ def _report(run: Callable[[], Any], settings: Settings, typed: Sequence[str]) ->
     try:
         code = run()
     except click.Abort:
-        click.echo(err=True)
-        return INTERRUPTED
+        return _end(INTERRUPTED, "Interrupted.", settings, typed)
+    except SystemExit as leaving:
+        if leaving.code != TERMINATED:
+            raise
+        return _end(TERMINATED, "Terminated.", settings, typed)
     except (click.ClickException, TailorError) as error:
         _print_error(error, settings, typed)
         return exit_code(error)
@@ -120,6 +153,16 @@ def _report(run: Callable[[], Any], settings: Settings, typed: Sequence[str]) ->
         _print_error(error, settings, typed)
         return UNEXPECTED
     return code if isinstance(code, int) else 0
+
+
+def _end(code: int, message: str, settings: Settings, typed: Sequence[str]) -> int:
+    """Print that a signal ended the command; return the exit code."""
+    if settings.json or "--json" in typed:
+        kind = message.rstrip(".").lower()
+        click.echo(json_module.dumps({"error": kind, "message": message}, indent=2))
+    else:
+        click.echo(message, err=True)
+    return code
 
 
 def _print_error(error: Exception, settings: Settings, typed: Sequence[str]) -> None:

@@ -16,8 +16,8 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-ID_SHOWN = 10
-"""Digits of an id in tables: enough to be unique among millions; refs may be cut like this too."""
+ID_SHOWN = 12
+"""Digits of an id in tables: its second, and enough to tell apart what was made in that; refs may be cut so too."""
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _RECENT_DAYS = 60

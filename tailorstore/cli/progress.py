@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tailorstore.cli.output import make_console
+from tailorstore.cli.output import make_console, size
 
 Tell = Callable[[str, int, int | None], None]
 
@@ -19,13 +19,13 @@ def progress_bars() -> Iterator[Tell]:
     if not console.is_terminal:
         yield lambda *_: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
@@ -33,7 +33,18 @@ def progress_bars() -> Iterator[Tell]:
 
         def tell(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)
+                tasks[what] = progress.add_task(what, total=total, amount="")
+            progress.update(tasks[what], completed=done, total=total, amount=amount(what, done, total))
 
         yield tell
+
+
+def amount(what: str, done: int, total: int | None) -> str:
+    """Return how far work is; what ends in "bytes" is counted in bytes.
+
+    Examples:
+        >>> amount("verifying bytes", 1_500_000, 6_000_000), amount("listing objects", 5000, None)
+        ('1.50 MB/6.00 MB', '5,000/?')
+    """
+    written = size if what.endswith("bytes") else "{:,}".format
+    return f"{written(done)}/{'?' if total is None else written(total)}"

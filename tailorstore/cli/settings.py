@@ -25,10 +25,10 @@ CATALOG_VARIABLE = "TAILORSTORE_CATALOG"
 class Settings:
     """The common options, as given before or after the command's name, or in the environment."""
 
-    store: str | None = None
-    catalog: str | None = None
+    store: str | None = field(default=None, repr=False)
+    catalog: str | None = field(default=None, repr=False)
     branch: str = "main"
-    storage_option: dict[str, Any] = field(default_factory=dict)
+    storage_option: dict[str, Any] = field(default_factory=dict, repr=False)
     transport: Literal["obstore", "fsspec"] | None = None
     json: bool = False
 

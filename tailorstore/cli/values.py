@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, Literal, cast
 
 import click
@@ -38,6 +39,25 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
             return timedelta(seconds=seconds)
         except OverflowError:
             self.fail(f"{value!r} is longer than a duration can be", param, ctx)
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click
+    """A part of a whole: ``1/30``, ``3%`` or ``0.05``; above 0 and at most 1."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """Return the part as a number."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            found = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except (ValueError, ZeroDivisionError):
+            found = Fraction(0)
+        if not 0 < found <= 1:
+            self.fail(f"{value!r} is no part of a whole: write 1/30, 3% or 0.05, above 0 and at most 1", param, ctx)
+        return float(found)
 
 
 class Best(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions of click

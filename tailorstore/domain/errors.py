@@ -6,10 +6,11 @@ TailorError
 ├─ AlreadyExistsError              TagExists · BranchExists
 ├─ InvalidInputError (ValueError)  BadName · Mask · StepOrder · ModelMismatch · ExtraState · AmbiguousRef ·
 │                                 RestoreMismatch · BoundsExceeded · RanksDisagree
-├─ ConflictError                   HeadMoved · LeaseExpired · RootTaken          → look again, then decide
+├─ ConflictError                   HeadMoved · LeaseExpired · RootTaken · CatalogOutdated → look again, then decide
 ├─ UnavailableError                StorageUnavailable · StorageFull · CatalogUnavailable · RankLost → back off, retry
 ├─ AccessDeniedError (PermissionError)  credentials that storage or catalog refused
-├─ IntegrityError                  DigestMismatch · MissingObject · CorruptDocument · NotAStore → stop, run verify
+├─ IntegrityError                  DigestMismatch · MissingObject · CorruptDocument · NotAStore ·
+│                                 CatalogDamaged                                 → stop, run verify
 ├─ VersionError                    SchemaOutdated · SchemaTooNew · FormatTooNew   → upgrade
 ├─ ClosedError (RuntimeError)      a closed store was used
 └─ MissingDependencyError (ImportError)  names the package to install
@@ -120,6 +121,10 @@ class RootTakenError(ConflictError):
     """Another catalog owns the root; this one may read but not write."""
 
 
+class CatalogOutdatedError(ConflictError):
+    """The catalog is older than its root, as one restored from a backup is; rebuild it. Nothing was changed."""
+
+
 class UnavailableError(TailorError):
     """A server or disk did not do its work; the same call may succeed later."""
 
@@ -162,6 +167,10 @@ class CorruptDocumentError(IntegrityError):
 
 class NotAStoreError(IntegrityError):
     """The root holds a ``tailorstore.json`` that is not a tailorstore document."""
+
+
+class CatalogDamagedError(IntegrityError):
+    """The catalog's database is not what was written to it, or gone: restore it, or rebuild it from the root."""
 
 
 class VersionError(TailorError):

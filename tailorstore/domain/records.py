@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from tailorstore.domain.light import LightTable
+from tailorstore.domain.lines import LineRun
 
 Fidelity = Literal["full", "light"]
 
@@ -42,6 +43,8 @@ class LayerVersion:
     """For a light version: the version id of the full version it is a difference to."""
     error: float | None = None
     """For a light version: its measured relative error."""
+    damage: str | None = field(default=None, compare=False)
+    """What ``verify`` found wrong with it, if it is in quarantine. No part of what it is: manifests do not have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,10 @@ class CommitDraft:
     message: str | None
     metrics: Mapping[str, float]
     bytes_logical: int
+    line: str | None = None
+    """Id of the line that its manifest says it is on; ``None``: no manifest says anything."""
+    created_at: datetime | None = None
+    """When it was made, as its manifest says; ``None``: when it is published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,14 @@ class Composite:
     def sources(self) -> dict[str, int]:
         """Source step of every layer."""
         return {name: version.step for name, version in self.versions.items()}
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Layer → what is wrong with its version, or with the base that this one needs; only layers in quarantine."""
+        of_bases = {name: base for name, base in self.bases.items() if base.damage}
+        found = {name: f"its base of step {base.step}: {base.damage}" for name, base in of_bases.items()}
+        found |= {name: version.damage for name, version in self.versions.items() if version.damage}
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +166,16 @@ class CommitManifest:
     """As :attr:`Composite.bases`."""
     measures: Mapping[str, LayerMeasures] = field(default_factory=dict)
     """Layer → what was measured when the commit was made, before it wrote."""
+    lines: tuple[LineRun, ...] = ()
+    """The line that the commit is on, and those that it descends from, back to the first. Never empty in a root."""
+
+
+Standing = Literal["announced", "published", "voided", "abandoned", "expired", "unplaced", "unreadable"]
+"""What a catalog knows of a commit id.
+
+``voided``: its lease lapsed; ``abandoned``: its writer gave it up; ``unplaced``, ``unreadable``: a rebuild found a
+manifest of it that was never published, or that says nothing.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +207,8 @@ class LayerInfo:
     """For a light version: the step of its base."""
     error: float | None = None
     """For a light version: the relative error of its weights."""
+    quarantined: str | None = None
+    """What ``verify`` found wrong with it or its base, if that is in quarantine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,13 +303,42 @@ class GcReport:
 class Damage:
     """One thing that ``verify`` found wrong."""
 
-    kind: Literal["missing", "short", "flipped", "document"]
+    kind: Literal["missing", "short", "long", "flipped", "document"]
     layer: str
+    """Empty where it is a manifest, or the record of a change of a tag or branch."""
     step: int
+    """0 where it is such a record."""
     key: str
     detail: str
     commits: tuple[str, ...] = ()
     """Ids of the commits whose composites hold it, or a light version that needs it."""
+    version_id: str | None = None
+    """Of the layer version; ``None`` where it is a manifest or a record."""
+    readable: bool = False
+    """Whether all values can be read all the same: other Zarr readers miss it, or a rebuild would."""
+    mended: bool = False
+    """Whether it was made again, exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one composite loses by what ``verify`` found."""
+
+    commit: str
+    step: int
+    branch: str
+    layers: tuple[str, ...]
+    """Layers whose values cannot all be read; sorted."""
+    manifest: bool = False
+    """Whether its manifest is gone or not what was written: a rebuild of the catalog would not find the commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """An object of the root that nothing explains."""
+
+    key: str
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,26 +349,26 @@ class VerifyReport:
     objects: int
     bytes_read: int
     damages: tuple[Damage, ...]
+    losses: tuple[Loss, ...] = ()
+    """By commit, what of it is lost and was not mended; by step."""
+    unknown: tuple[Unknown, ...] = ()
+    """Of a whole store: objects that nothing explains. They do no harm, and GC sweeps those that are its own."""
+    awaiting_gc: int = 0
+    """Of a whole store: objects of expired and unpublished commits that wait for GC."""
+    quarantined: tuple[str, ...] = ()
+    """Prefixes of the layer versions that a repair put into quarantine, those that were there already included."""
+    lifted: tuple[str, ...] = ()
+    """Prefixes of those that were in quarantine and are whole again."""
+    unrecorded: tuple[str, ...] = ()
+    """Of a whole store: tags and branches, as ``tag best``, whose last change is not on record, so that a rebuild would
+    not find it. No damage: a process that dies just before it records a change leaves one."""
+    recorded: tuple[str, ...] = ()
+    """Those that a repair recorded."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found wrong."""
-        return not self.damages
-
-
-@dataclass(frozen=True, slots=True)
-class RebuildReport:
-    """What a take-over found in the root."""
-
-    commits: int
-    versions: int
-    branches: tuple[str, ...]
-    tags: tuple[str, ...]
-    unplaced: tuple[str, ...] = ()
-    """Ids of commits that lost a race or were never published, and whose manifest was left behind."""
-    unreadable: tuple[str, ...] = ()
-    """Keys of documents that could not be understood."""
-    epoch: int = 1
+        """Whether everything is as it was written, or was made so again."""
+        return all(damage.mended for damage in self.damages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ of them keeps it, and the reasons add up. What no policy may drop (heads, tags, 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, Protocol
 
@@ -30,12 +30,23 @@ class Inventory:
     """Tag name to commit id."""
     leased: frozenset[str]
     """Ids of commits that a live lease covers."""
+    quarantined: frozenset[str] = frozenset()
+    """Ids of commits that hold a layer in quarantine, so that they cannot be restored in full."""
 
     def commits(self) -> dict[str, Commit]:
         """Return every commit once, by id."""
         found = {commit.id: commit for line in self.lines.values() for commit in line}
         found.update({commit.id: commit for commit in self.unreachable})
         return found
+
+    def whole(self) -> "Inventory":
+        """Return the same without the commits that hold a layer in quarantine."""
+
+        def among(commits: Sequence[Commit]) -> list[Commit]:
+            return [commit for commit in commits if commit.id not in self.quarantined]
+
+        lines = {branch: among(line) for branch, line in self.lines.items()}
+        return replace(self, lines=lines, unreachable=among(self.unreachable))
 
 
 class RetentionPolicy(Protocol):
@@ -179,7 +190,8 @@ class Decision:
 def decide(inventory: Inventory, policy: RetentionPolicy | None) -> Decision:
     """Split the commits into kept and expired.
 
-    The newest commit of every branch, tagged commits and leased ones are kept whatever the policy says.
+    The newest commit of every branch, tagged commits and leased ones are kept whatever the policy says. Commits that
+    hold a layer in quarantine are no policy's business: they are not kept by it, and do not count against its numbers.
     Without a policy everything published is kept.
     """
     reasons: Reasons = {}
@@ -201,7 +213,8 @@ def decide(inventory: Inventory, policy: RetentionPolicy | None) -> Decision:
         for commit_id in commits:
             keep(commit_id, "no policy given")
     else:
-        for commit_id, reason in policy.keep(inventory):
+        # What cannot be restored takes no place from what can: the last good commit outlives any number of bad ones.
+        for commit_id, reason in policy.keep(inventory.whole()):
             keep(commit_id, reason)
     kept = {commit_id: tuple(reasons[commit_id]) for commit_id in commits if commit_id in reasons}
     expired = tuple(commit for commit_id, commit in commits.items() if commit_id not in reasons)

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tailorstore.domain.condition import Bounds, CompositeWarning, LayerCondition, conditions_of, shown
 from tailorstore.domain.errors import BoundsExceededError, InvalidInputError
-from tailorstore.domain.names import Ref, layer_component, version_prefix
+from tailorstore.domain.names import layer_component, version_prefix
 from tailorstore.domain.records import EXTRA_LAYER, Commit, Composite, Fidelity, LayerDocument, LayerMeasures
-from tailorstore.engine.contents import OF_RANKS, CompositeContents, paths_in, ranks_of, stored_tensor
+from tailorstore.domain.skeleton import paths_in
+from tailorstore.engine.contents import OF_RANKS, CompositeContents, ranks_of, stored_tensor
 from tailorstore.engine.export import export_safetensors, export_torch
 from tailorstore.engine.gc import Progress
 from tailorstore.engine.lazy_mapping import LazyMapping
 from tailorstore.engine.light.decode import read_tensors
 from tailorstore.engine.light.sources import Source
-from tailorstore.engine.observed import observations
 from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.ranks.together import names_elsewhere, together
-from tailorstore.engine.session import Session
 from tailorstore.engine.tensors.capture import Model, Optim, model_tensors
 from tailorstore.engine.tensors.packing import unpack
 from tailorstore.engine.tensors.restore import (
@@ -64,6 +63,7 @@ class Checkpoint:
         observed: Observed | None = None,
         known_bases: Mapping[str, LayerDocument] | None = None,
         ranks: Callable[[], Ranks | None] | None = None,
+        fallback_from: Commit | None = None,
     ) -> None:
         """Made by ``Store.checkout``.
 
@@ -76,7 +76,10 @@ class Checkpoint:
             observed: asks the catalog for the steps of the branch's commits, and for what this one measured.
             known_bases: documents of the bases of light versions that are in memory already.
             ranks: gives the ranks that restore together, once none of them commits; ``None``: this process alone.
+            fallback_from: the commit that was asked for, if this is another one.
         """
+        self.fallback_from = fallback_from
+        """The commit that was asked for, where ``checkout(..., fallback=True)`` gave an older one; else ``None``."""
         self._composite = composite
         self._objects = objects
         self._ranks = ranks
@@ -129,6 +132,11 @@ class Checkpoint:
     def fidelity(self) -> dict[str, Fidelity]:
         """Layer → ``"full"`` or ``"light"``."""
         return {layer: version.fidelity for layer, version in self._composite.versions.items()}
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Layer → what ``verify`` found wrong with it: its values cannot all be read."""
+        return self._composite.quarantined
 
     @property
     def conditions(self) -> dict[str, LayerCondition]:
@@ -190,7 +198,7 @@ class Checkpoint:
             name: {slot: unpack(value, lambda path, name=name: tensors[name, path]) for slot, value in held.items()}  # type: ignore[misc]
             for name, held in slots.items()
         }
-        groups = self._contents.extra_part("param_groups", [])
+        groups = self._contents.param_groups()
         if not any(groups):
             return {"state": state, "param_groups": []}
         dicts = []
@@ -413,26 +421,3 @@ class Checkpoint:
     def documents(self) -> Mapping[str, LayerDocument]:
         """Return the document of every layer, ``@extra`` included; read at the first call."""
         return MappingProxyType(self._contents.documents())
-
-
-def check_out(session: Session, ref: Ref, branch: str, known: Mapping[str, LayerDocument] | None) -> Checkpoint:
-    """Return the composite of a ref; see ``Store.checkout``.
-
-    Args:
-        session: the store's.
-        ref: what was asked for.
-        branch: what ``latest`` means.
-        known: documents that are in memory already.
-    """
-    keeper, catalog = session.keeper, session.catalog
-    composite, lease_id = catalog.resolve(ref, branch, keeper.lease if session.writable else None)
-    if lease_id is not None:
-        keeper.hold(lease_id)
-    return Checkpoint(
-        composite,
-        session.objects,
-        known=known,
-        release=partial(keeper.release, lease_id) if lease_id else None,
-        drop=partial(keeper.drop, lease_id) if lease_id else None,
-        observed=partial(observations, catalog, composite.commit),
-    )

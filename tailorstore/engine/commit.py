@@ -104,6 +104,8 @@ class Committer:
     def prepare(self, make: Callable[[], Request], *, staged: bool) -> Prepared:
         """Decide what to write and announce it; copy it to the host if ``staged``.
 
+        Whatever it raises, call :meth:`abandon` then.
+
         Raises:
             InvalidInputError: mask, step, model or extra state cannot be committed; nothing was written.
             UnavailableError: catalog or storage could not be reached; nothing was written.
@@ -117,15 +119,11 @@ class Committer:
         extra.content[STATE] = decision.state
         layers = [*(captured.layers[name] for name in decision.due), extra]
         encoded: dict[str, EncodedLayer] = {}
-        if not staged:
-            _wait_for(layers)
+        if staged:
+            encoded = self._encode_on_devices(head, decision, layers)
+            layers = _stage(self.arena, [layer for layer in layers if layer.name not in encoded])
         else:
-            try:
-                encoded = self._encode_on_devices(head, decision, layers)
-                layers = _stage(self.arena, [layer for layer in layers if layer.name not in encoded])
-            except BaseException:
-                self.publisher.abandon(commit_id)
-                raise
+            _wait_for(layers)
         logical = sum(layer.nbytes for layer in captured.layers.values()) + extra.nbytes
         logical += head.bytes_beside(captured.layers) if head else 0
         draft = CommitDraft(
@@ -139,6 +137,10 @@ class Committer:
         )
         return Prepared(draft, tuple(layers), head, decision, samples, encoded)
 
+    def abandon(self) -> None:
+        """Give up what is announced, if anything is."""
+        self.publisher.abandon()
+
     def carry_out(self, prepared: Prepared) -> Commit:
         """Write, seal and publish an announced commit; raises as ``Publisher.publish`` does."""
         written = Written()
@@ -149,7 +151,7 @@ class Committer:
             destination = Destination(self._objects, draft.id, draft.step, self.layout, self.bases, written)
             write_layers(destination, self._plan(prepared))
         except BaseException:
-            self.publisher.abandon(prepared.draft.id)
+            self.publisher.abandon()
             discard(self._objects, written)
             raise
         commit = self.publisher.publish(prepared.draft, prepared.head, written.sealed, prepared.decision.measures)
@@ -160,7 +162,10 @@ class Committer:
     def _announce(
         self, commit_id: str, request: Request, captured: Capture, live: Capture
     ) -> tuple[Head | None, Decision, Samples]:
-        """Check the request against the head and announce it on that head; ``live`` is what is measured."""
+        """Check the request against the head and announce it on that head; ``live`` is what is measured.
+
+        Whatever it raises, the commit may have been announced.
+        """
         publisher = self.publisher
         for _ in range(ANNOUNCE_ATTEMPTS):
             head = publisher.look()
@@ -175,18 +180,15 @@ class Committer:
                 captured, request.mask, outlook.context, head=composite, documents=documents, partial=request.partial
             )
             if publisher.announce(commit_id, request.step, head):
-                try:
-                    return head, self.selector.decide(outlook, due), self.gauge.sample(live, due)
-                except BaseException:
-                    publisher.abandon(commit_id)
-                    raise
+                return head, self.selector.decide(outlook, due), self.gauge.sample(live, due)
         raise too_fast(publisher.branch, request.step)
 
     def _seed(self, head: Head, captured: Capture) -> None:
         """Take what is stored as what the layers moved from, where nothing is known of that."""
-        contents = CompositeContents(head.composite, self._objects, head.documents)
+        whole = head.whole
+        contents = CompositeContents(whole, self._objects, head.documents)
         for layer in captured.layers:
-            if layer in head.composite.versions and not self.gauge.knows(layer):
+            if layer in whole.versions and not self.gauge.knows(layer):
                 try:
                     self.gauge.seed(layer, contents.weights(layer))
                 except (MissingObjectError, DigestMismatchError, CorruptDocumentError) as error:

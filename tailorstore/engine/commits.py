@@ -96,15 +96,23 @@ class Commits:
                 self._session.check_writable("commit")
             self._settle_with(ranks)
             committer = self._committer_of(ranks)
-            prepared = committer.prepare(request, staged=not block)
-            if block:
-                return committer.carry_out(prepared)  # type: ignore[arg-type]
-            self._pending = PendingCommit(
-                prepared.draft.step,
-                self.branch,
-                lambda: committer.carry_out(prepared),  # type: ignore[arg-type]
-            )
-            return self._pending
+            try:
+                prepared = committer.prepare(request, staged=not block)
+                if block:
+                    return committer.carry_out(prepared)  # type: ignore[arg-type]
+                pending = PendingCommit(
+                    prepared.draft.step,
+                    self.branch,
+                    lambda: committer.carry_out(prepared),  # type: ignore[arg-type]
+                )
+                # Known before it begins: after an interrupt the next commit must not use the memory of one that runs.
+                self._pending = pending
+                pending.start()
+            except BaseException:
+                if self._pending is None or self._pending.done():
+                    committer.abandon()
+                raise
+            return pending
 
     def _joined(self) -> Ranks:
         if self._ranks is None:

@@ -1,13 +1,16 @@
 """What a composite holds: documents, and the arrays, slots and states that they describe. Nothing above knows how."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from tailorstore.domain.chunks import Box
-from tailorstore.domain.errors import ClosedError, LayerNotFoundError
+from tailorstore.domain.errors import ClosedError, CorruptDocumentError, LayerNotFoundError
 from tailorstore.domain.records import EXTRA_LAYER, Composite, LayerDocument
+from tailorstore.domain.skeleton import paths_in
 from tailorstore.engine.light.decode import read_tensor, read_tensors
+from tailorstore.engine.light.proof import check_held, size_of
 from tailorstore.engine.light.sources import Source, source_of
 from tailorstore.engine.read import load_documents
 from tailorstore.engine.tensors.lazy import LazyTensor
@@ -69,8 +72,31 @@ class CompositeContents:
         with self._lock:
             if self._documents is None:
                 self._bases = load_documents(self._objects, self._composite.bases.values(), self._known_bases)
-                self._documents = load_documents(self._objects, self._composite.versions.values(), self._known)
+                found = load_documents(self._objects, self._composite.versions.values(), self._known)
+                self._check_names(found)
+                self._documents = found
             return self._documents
+
+    def _check_names(self, documents: Mapping[str, LayerDocument]) -> None:
+        """Make sure that each tensor has one layer, and that tied names are tied to tensors that there are."""
+        contents = [document.content for layer, document in documents.items() if layer != EXTRA_LAYER]
+        for sections in (("params", "buffers", "aliases"), ("states",), ("optim",)):
+            names = Counter(name for content in contents for section in sections for name in content[section])
+            name, times = max(names.items(), key=lambda item: item[1], default=("", 1))
+            if times > 1:
+                self._refuse(f"{name!r} is in {times} layers")
+        tensors = {name for content in contents for section in ("params", "buffers") for name in content[section]}
+        loose = {target for content in contents for target in content["aliases"].values()} - tensors
+        if loose:
+            self._refuse(f"{min(loose)!r}, which other names are tied to, is in no layer")
+
+    def _refuse(self, why: str) -> NoReturn:
+        commit = self._composite.commit
+        msg = (
+            f"the composite of step {commit.step} on {commit.branch!r} contradicts itself: {why}; run 'tailorstore"
+            " verify', and restore another step"
+        )
+        raise CorruptDocumentError(msg)
 
     def array(self, layer: str, path: str) -> Source:
         """Return where one tensor of a layer is."""
@@ -131,9 +157,9 @@ class CompositeContents:
             for name, held in document.content["optim"].items()
         }
         return StoredOptim(
-            groups=self.extra_part("param_groups", []),
-            shared=self.extra_part("shared", []),
-            classes=self.extra_part("optimizers", []),
+            groups=self.param_groups(),
+            shared=self._per_optimizer("shared", dict),
+            classes=self._per_optimizer("optimizers", str),
             slots=self.slots(),
             specs=specs,
             aliases=aliases,
@@ -159,6 +185,27 @@ class CompositeContents:
         content = self.extra_content()
         return unpack(content[part], self.extra_loader()) if part in content else default
 
+    def param_groups(self) -> list[list[dict[str, Any]]]:
+        """Return per optimizer its groups: options, and ``params`` as names.
+
+        Raises:
+            CorruptDocumentError: they are something else.
+        """
+        found: Any = self.extra_part("param_groups", [])
+        groups = [group for held in found for group in held] if _is_list_of(found, list) else [None]
+        if not all(isinstance(group, dict) and _is_list_of(group.get("params"), str | int) for group in groups):
+            self._refuse("its parameter groups are none")
+        checked: list[list[dict[str, Any]]] = found
+        return checked
+
+    def _per_optimizer(self, part: str, kind: type) -> list[Any]:
+        """Return a part of ``@extra`` that has one entry an optimizer, each of a kind or ``None``."""
+        found: Any = self.extra_part(part, [])
+        if not _is_list_of(found, kind | None) or len(found) not in (0, len(self.param_groups())):
+            self._refuse(f"its {part} are not those of its optimizers")
+        entries: list[Any] = found
+        return entries
+
     def read(self, source: Source) -> Tensor:
         """Read one tensor into new host memory."""
         return read_tensor(self._objects, source)
@@ -173,6 +220,7 @@ class CompositeContents:
 
     def read_many(self, arrays: Mapping[Any, Source]) -> dict[Any, Tensor]:
         """Read whole tensors into new host memory, in parallel."""
+        check_held(self._objects, arrays.values(), sum(map(size_of, arrays.values())))
         targets = {key: empty_host(array.shape, array.dtype) for key, array in arrays.items()}
         read_tensors(self._objects, [(array, targets[key]) for key, array in arrays.items()])
         return targets
@@ -222,6 +270,10 @@ class CompositeContents:
         return unpack(value, lambda path: self._lazy(self.array(layer, path)))
 
 
+def _is_list_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, or a union of types
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
 def ranks_of(content: Mapping[str, Any]) -> int:
     """Return how many ranks made the commit of which this is the skeleton of ``@extra``."""
     parts = content.get(OF_RANKS)
@@ -231,18 +283,3 @@ def ranks_of(content: Mapping[str, Any]) -> int:
 def stored_tensor(array: Source) -> StoredTensor:
     """Return what a comparison needs to know of a stored tensor."""
     return StoredTensor(array.shape, array.dtype, array.digests)
-
-
-def paths_in(value: Any) -> list[str]:  # noqa: ANN401
-    """Return the paths of all arrays that a skeleton names."""
-    if isinstance(value, Mapping):
-        if (
-            len(value) == 1
-            and (path := value.get("$array", value.get("$ndarray"))) is not None
-            and isinstance(path, str)
-        ):
-            return [path]
-        return [path for item in value.values() for path in paths_in(item)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [path for item in value for path in paths_in(item)]
-    return []

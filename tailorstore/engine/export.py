@@ -153,7 +153,11 @@ def _written(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]
         raise AccessDeniedError(msg)
     temporary = target.parent / f".tailorstore-{secrets.token_hex(8)}.tmp"
     try:
+        # The libraries that write into it differ in who may read the result: as with any new file, the umask decides.
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         # Without this a crash of the machine could leave the name and not the bytes.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())

@@ -2,29 +2,34 @@
 
 What may be deleted is decided by the catalog alone; the order is DESIGN.md, "Order of deleting": an object loses its
 standing first and is deleted after the grace period, so readers that hold no lease have that long to finish.
+
+Records of tags and branches are left alone, all of them: they are small, any may be what a rebuild needs to tell where
+a name points, and one that cannot be read is damaged. ``verify`` names it, and a repair replaces it.
 """
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, InvalidInputError, MissingObjectError
 from tailorstore.domain.names import (
     COMMITS_PREFIX,
     LAYERS_PREFIX,
-    REFS_PREFIX,
-    ROOT_DOCUMENT,
+    QUARANTINE_PREFIX,
     is_id,
     layer_component,
 )
 from tailorstore.domain.records import Binding, GcReport, LayerVersion
 from tailorstore.domain.retention import RetentionPolicy, decide
+from tailorstore.engine.currency import check_current, sort_unknown
 from tailorstore.engine.publish import check_binding
-from tailorstore.storage.manifests import read_manifest, read_ref_record
+from tailorstore.engine.storage_clock import StorageClock
+from tailorstore.storage.manifests import read_manifest
 from tailorstore.storage.transport import ObjectInfo, Objects
 
 logger = logging.getLogger("tailorstore")
@@ -34,6 +39,10 @@ Progress = Callable[[str, int, int | None], None]
 
 _BATCH = 1000
 _CLOCK_SKEW = timedelta(minutes=5)
+
+
+_REPLACEMENT = re.compile(r"(tailorstore|(layers|quarantine|commits|refs)/.+)\.json\.[0-9a-f]{16}\.new")
+"""Key of what was to replace a document, on file systems, when the process died. No tensor's object has such a name."""
 
 
 @dataclass(slots=True)
@@ -62,26 +71,27 @@ def _in_folder(key: str, folder: str) -> str | None:
 
 @dataclass(slots=True)
 class _Listing:
-    """Every object of a root that is tailorstore's, by what it belongs to. What else is there is nobody's business."""
+    """Every object of a root that GC may delete, by what it belongs to. What else is there is nobody's business."""
 
     versions: dict[tuple[str, str], _Found] = field(default_factory=lambda: defaultdict(_Found))
     """By path component of the layer, and version id."""
     manifests: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
-    records: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
     replacements: list[_Found] = field(default_factory=list)
 
     def add(self, info: ObjectInfo) -> None:
         parts = info.key.split("/", 3)
-        if len(parts) == 4 and f"{parts[0]}/" == LAYERS_PREFIX and is_id(parts[2]):
-            self.versions[parts[1], parts[2]].add(info)
-        elif commit_id := _in_folder(info.key, COMMITS_PREFIX):
-            self.manifests[commit_id].add(info)
-        elif record_id := _in_folder(info.key, REFS_PREFIX):
-            self.records[record_id].add(info)
-        elif info.key.startswith(f"{ROOT_DOCUMENT}.") and info.key.endswith(".new"):
+        record_of = parts[2].removesuffix(".json") if len(parts) == 3 else ""
+        if info.key.endswith(".new") and _REPLACEMENT.fullmatch(info.key):
             found = _Found()
             found.add(info)
             self.replacements.append(found)
+        elif len(parts) == 4 and f"{parts[0]}/" == LAYERS_PREFIX and is_id(parts[2]):
+            self.versions[parts[1], parts[2]].add(info)
+        elif f"{parts[0]}/" == QUARANTINE_PREFIX and is_id(record_of):
+            # That a version is damaged is on record as long as the version is there.
+            self.versions[parts[1], record_of].add(info)
+        elif commit_id := _in_folder(info.key, COMMITS_PREFIX):
+            self.manifests[commit_id].add(info)
 
 
 @dataclass(slots=True)
@@ -116,6 +126,7 @@ def collect(
 
     Raises:
         RootTakenError: another catalog owns the root; nothing was deleted.
+        CatalogOutdatedError: the catalog is older than the root; nothing was deleted.
         UnavailableError, AccessDeniedError: what was deleted by then had lost its standing; run it again.
     """
     if not isinstance(grace, timedelta) or grace < timedelta(0):
@@ -123,6 +134,7 @@ def collect(
         raise InvalidInputError(msg)
     tell = progress or (lambda *_: None)
     check_binding(objects, binding)
+    check_current(objects, catalog, binding)
     if not dry_run:
         catalog.void_lapsed()
     tell("deciding", 0, None)
@@ -168,6 +180,8 @@ class _Sweep:
         self._grace = grace
         self._dry_run = dry_run
         self._tell = tell
+        self._now: datetime | None = None
+        """By the storage's clock, which tells how old objects are."""
 
     def run(self, expired: Set[str]) -> None:
         """Sweep; ``expired`` are the ids of commits that this run dropped from the catalog."""
@@ -178,40 +192,62 @@ class _Sweep:
         unknown = self._catalog.unknown_versions(list(listing.versions), as_if_voided=self._dry_run)
         # Manifests before layers: as long as there is a manifest, a catalog that is rebuilt from it believes in its
         # layers. What a manifest that stays refers to is left alone.
-        held = self._sweep_manifests(listing, expired)
-        self._sweep_doomed({pair: version for pair, version in doomed.items() if pair not in held}, listing)
-        leftovers = [pair for pair in unknown if pair not in held and self._old_enough(listing.versions[pair])]
+        held, unclear = self._sweep_manifests(listing, expired)
+
+        def is_held(pair: tuple[str, str]) -> bool:
+            return pair in held or pair[1] in unclear
+
+        self._sweep_doomed({pair: version for pair, version in doomed.items() if not is_held(pair)}, listing)
+        leftovers = [pair for pair in unknown if not is_held(pair) and self._old_enough(listing.versions[pair])]
         self._sweep_leftovers([listing.versions[pair] for pair in leftovers])
-        halves = [one for record_id, one in listing.records.items() if self._is_half_written(record_id, one)]
-        self._sweep_leftovers([*halves, *(one for one in listing.replacements if self._old_enough(one))])
+        self._sweep_leftovers([one for one in listing.replacements if self._old_enough(one)])
+        if not self._dry_run:
+            present = {*listing.manifests, *(version_id for _, version_id in listing.versions)}
+            self._catalog.forget_withdrawn(present, self._grace)
 
     def _list(self) -> _Listing:
         listing = _Listing()
-        for count, info in enumerate(self._objects.list(), start=1):
-            listing.add(info)
-            if count % 5000 == 0:
-                self._tell("listing objects", count, None)
+        clock = StorageClock(self._objects, ask=not self._dry_run)
+        try:
+            for count, info in enumerate(self._objects.list(), start=1):
+                if not clock.see(info):
+                    listing.add(info)
+                if count % 5000 == 0:
+                    self._tell("listing objects", count, None)
+        finally:
+            clock.put_away()
+        self._now = clock.now()
         return listing
 
-    def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> set[tuple[str, str]]:
-        """Delete manifests of commits that are not published; return the versions that those that stay need."""
-        unknown = self._catalog.unknown_commits(list(listing.manifests), as_if_voided=self._dry_run)
-        going = [i for i in unknown if i in expired or self._old_enough(listing.manifests[i])]
+    def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> tuple[set[tuple[str, str]], Set[str]]:
+        """Delete manifests of commits that are not published.
+
+        Returns:
+            The versions that those that stay need, and the ids of those that stay because nobody can tell what they
+            say: what was written under these ids may be all that is left of a commit.
+        """
+        known = self._catalog.standings(listing.manifests, as_if_voided=self._dry_run)
+        strange = sort_unknown(self._objects, [one for one in listing.manifests if one not in known], self._binding)
+        unclear = {one for one, standing in known.items() if standing == "unreadable"} | strange.unreadable
+        dropped = {one for one, standing in known.items() if standing == "expired"} | expired
+        withdrawn = {one for one, standing in known.items() if standing in ("voided", "abandoned", "unplaced")}
+        unpublished = (withdrawn | dropped | strange.foreign) - unclear
+        going = [one for one in sorted(unpublished) if one in dropped or self._old_enough(listing.manifests[one])]
         # Of expired commits it is the layers that are counted: a dry run could not tell what else will go.
-        groups = [replace(listing.manifests[i], size_bytes=0) if i in expired else listing.manifests[i] for i in going]
+        groups = [replace(listing.manifests[i], size_bytes=0) if i in dropped else listing.manifests[i] for i in going]
         gone = self._delete(groups)
         self.tally.leftovers += sum(
-            done for commit_id, done in zip(going, gone, strict=True) if commit_id not in expired
+            done for commit_id, done in zip(going, gone, strict=True) if commit_id not in dropped
         )
-        staying = unknown - {commit_id for commit_id, done in zip(going, gone, strict=True) if done}
+        staying = unpublished - {commit_id for commit_id, done in zip(going, gone, strict=True) if done}
         held: set[tuple[str, str]] = set()
-        for commit_id in staying:
+        for commit_id in [*staying, *strange.newer]:
             # One that cannot be read makes no catalog believe in anything.
             with suppress(MissingObjectError, CorruptDocumentError, FormatTooNewError):
                 manifest = read_manifest(self._objects, commit_id)
                 needed = [*manifest.versions.values(), *manifest.bases.values()]
                 held |= {(layer_component(version.layer), version.version_id) for version in needed}
-        return held
+        return held, unclear
 
     def _sweep_doomed(self, doomed: dict[tuple[str, str], LayerVersion], listing: _Listing) -> None:
         pairs = list(doomed)
@@ -254,18 +290,7 @@ class _Sweep:
 
     def _old_enough(self, found: _Found) -> bool:
         # Where storage does not say how old an object is, it stays.
-        if found.timeless or found.newest is None:
+        if found.timeless or found.newest is None or self._now is None:
             return False
         skew = _CLOCK_SKEW if self._grace else timedelta(0)
-        return datetime.now(UTC) - found.newest >= self._grace + skew
-
-    def _is_half_written(self, record_id: str, found: _Found) -> bool:
-        if not self._old_enough(found):
-            return False
-        try:
-            read_ref_record(self._objects, record_id)
-        except CorruptDocumentError:
-            return True
-        except (MissingObjectError, FormatTooNewError):
-            return False
-        return False
+        return self._now - found.newest >= self._grace + skew

@@ -7,11 +7,15 @@ another one, or none, it is read from its manifests, through a catalog made for 
 import atexit
 import hashlib
 import logging
+import os
 import re
 import shutil
 import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
@@ -24,8 +28,10 @@ from tailorstore.domain.errors import (
 )
 from tailorstore.domain.names import COMMITS_PREFIX, ROOT_DOCUMENT, new_id
 from tailorstore.domain.records import Binding
+from tailorstore.engine.currency import find_newer, in_words
 from tailorstore.engine.rebuild import History, read_history
 from tailorstore.storage.manifests import manifest_ids, read_binding, ref_record_ids, write_binding
+from tailorstore.storage.objects import printable_url
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
@@ -43,16 +49,18 @@ class Opened:
     """What the root says."""
     owned: bool
     """Whether ``catalog`` owns the root; else it is a copy of the manifests, for reading only."""
-    temporary: Path | None = None
-    """Folder of a catalog made for the occasion."""
+    remove: Callable[[], object] | None = None
+    """Of a catalog made for the occasion: removes it. Done at the process's end if nobody has."""
     seen: frozenset[str] = frozenset()
     """Of such a catalog: what was in the root before it was read."""
+    outdated: str | None = None
+    """How far the catalog that was asked for, the owner of the root, is behind it; ``None``: it is not."""
 
     def close(self) -> None:
         """Close the catalog, and remove it if it was made for the occasion."""
         self.catalog.close()
-        if self.temporary is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.remove is not None:
+            self.remove()
 
 
 def default_catalog(url: str) -> str:
@@ -70,8 +78,26 @@ def default_catalog(url: str) -> str:
         return _memory_catalog(url)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", url).strip("-")[:60]
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder = Path(platformdirs.user_data_dir("tailorstore", appauthor=False))
-    return f"sqlite:///{folder / 'catalogs' / f'{readable}-{digest}.sqlite'}"
+    return f"sqlite:///{_own_folder() / f'{readable}-{digest}.sqlite'}"
+
+
+def _own_folder() -> Path:
+    """Return where catalogs of remote roots are unless the user says otherwise."""
+    return Path(platformdirs.user_data_dir("tailorstore", appauthor=False)) / "catalogs"
+
+
+def make_catalog(catalog_url: str) -> Catalog:
+    """Open a catalog, making it if there is none; raises as ``Catalog.open`` does.
+
+    Whatever the umask, nobody else may look into the folder of catalogs of remote roots: of a bucket that others cannot
+    read it would show names, messages and metrics.
+    """
+    folder = _own_folder()
+    if catalog_url.startswith(f"sqlite:///{folder}/"):
+        # What cannot be made, opening the catalog tells better.
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Catalog.open(catalog_url, create=True)
 
 
 def _memory_catalog(url: str) -> str:
@@ -97,9 +123,15 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
         FormatTooNewError, SchemaOutdatedError, SchemaTooNewError: another version of tailorstore made it.
         UnavailableError, AccessDeniedError: root or catalog cannot be reached.
     """
-    binding = read_binding(objects)
+    try:
+        binding = read_binding(objects)
+    except NotAStoreError:
+        damaged = _open_orphan(objects, "cannot be understood")
+        if damaged is None:
+            raise
+        return damaged
     if binding is None:
-        orphan = _open_orphan(objects)
+        orphan = _open_orphan(objects, "is gone")
         if orphan is not None:
             return orphan
         if not create:
@@ -111,7 +143,12 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
         store = catalog.store(binding.store_id)
         if store is not None and store.binding() == binding:
             if _is_at_home(store, objects, catalog_url):
-                return Opened(catalog, store, binding, owned=True)
+                # One that may not be written decides nothing, and a replica may be behind for a moment.
+                newer = [] if catalog.read_only else find_newer(objects, store, binding, everywhere=False)
+                if not newer:
+                    return Opened(catalog, store, binding, owned=True)
+                catalog.close()
+                return _open_outdated(objects, binding, catalog.url, in_words(newer))
             logger.warning(
                 "catalog %s knows this store at %s, not at %s: a copy can only be read. If the root was moved,"
                 " 'tailorstore rebuild' takes it over",
@@ -122,7 +159,27 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
         else:
             logger.warning("the root %s belongs to another catalog: reading it from its manifests", objects.url)
         catalog.close()
+    else:
+        logger.warning(
+            "there is no catalog at %s: reading the root %s from its manifests. If the catalog that owns the root is"
+            " elsewhere, name it to write; if it was lost, 'tailorstore rebuild' makes a new one",
+            printable_url(catalog_url),
+            objects.url,
+        )
     return open_copy(objects, binding)
+
+
+def _open_outdated(objects: Objects, binding: Binding, catalog_url: str, behind: str) -> Opened:
+    """Open a root that its catalog is older than, as one restored from a backup is: for reading, from its manifests."""
+    logger.warning(
+        "catalog %s is older than the root %s: %s. Reading the root from its manifests; 'tailorstore rebuild' brings"
+        " the catalog up to date",
+        catalog_url,
+        objects.url,
+        behind,
+    )
+    # A take-over that came in between is the other way in which a manifest can be newer.
+    return replace(open_copy(objects, read_binding(objects) or binding), outdated=behind)
 
 
 def _is_at_home(store: StoreCatalog, objects: Objects, catalog_url: str) -> bool:
@@ -141,11 +198,19 @@ def open_copy(objects: Objects, binding: Binding) -> Opened:
     folder = Path(tempfile.mkdtemp(prefix="tailorstore-copy-"))
     try:
         catalog = Catalog.open(f"sqlite:///{folder / 'catalog.sqlite'}", create=True)
-        store = load_history(catalog, binding, objects, read_history(objects))
+        store = load_history(catalog, binding, objects, read_history(objects, binding.store_id))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Opened(catalog, store, binding, owned=False, temporary=folder, seen=seen)
+    # A store that nobody closes leaves nothing behind either.
+    remove = weakref.finalize(catalog, _remove_own, folder, os.getpid())
+    return Opened(catalog, store, binding, owned=False, remove=remove, seen=seen)
+
+
+def _remove_own(folder: Path, owner: int) -> None:
+    # The child of a fork must leave what its parent uses.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def fingerprint(objects: Objects) -> frozenset[str]:
@@ -161,6 +226,8 @@ def load_history(catalog: Catalog, binding: Binding, objects: Objects, history: 
         history.commits,
         history.branches,
         history.tags,
+        history.quarantine,
+        history.withdrawn,
     )
 
 
@@ -171,8 +238,13 @@ def _open_existing(catalog_url: str) -> Catalog | None:
         return None
 
 
-def _open_orphan(objects: Objects) -> Opened | None:
-    """Open a root whose ``tailorstore.json`` is gone: for reading, until a take-over writes a new one."""
+def _open_orphan(objects: Objects, fate: str) -> Opened | None:
+    """Open a root whose ``tailorstore.json`` is gone or damaged: for reading, until a take-over writes a new one.
+
+    Args:
+        objects: the root.
+        fate: of the document.
+    """
     if next(iter(objects.list(COMMITS_PREFIX)), None) is None:
         return None
     bindings = [manifest.binding for manifest in read_history(objects).commits]
@@ -180,13 +252,18 @@ def _open_orphan(objects: Objects) -> Opened | None:
         msg = f"{objects.url} holds commits, but neither a {ROOT_DOCUMENT} nor a manifest that can be read"
         raise NotAStoreError(msg)
     logger.warning(
-        "the %s of %s is gone: it can be read; 'tailorstore rebuild' makes a new one", ROOT_DOCUMENT, objects.url
+        "the %s of %s %s: the root can be read; 'tailorstore rebuild' makes a new one",
+        *(ROOT_DOCUMENT, objects.url, fate),
     )
-    return open_copy(objects, max(bindings, key=lambda binding: binding.epoch))
+    # Most manifests are the store's own, whatever else was copied here.
+    (store_id, _), *_ = Counter(binding.store_id for binding in bindings).most_common()
+    return open_copy(
+        objects, max((one for one in bindings if one.store_id == store_id), key=lambda binding: binding.epoch)
+    )
 
 
 def _create(objects: Objects, catalog_url: str) -> Opened:
-    catalog = Catalog.open(catalog_url, create=True)
+    catalog = make_catalog(catalog_url)
     try:
         binding = Binding(new_id(), catalog.catalog_id, 1)
         store = catalog.register(binding.store_id, objects.url, binding.epoch)

@@ -20,7 +20,7 @@ class PendingCommit:
     """
 
     def __init__(self, step: int, branch: str, carry_out: Callable[[], Commit]) -> None:
-        """Start carrying it out."""
+        """Describe it; :meth:`start` carries it out."""
         self.step = step
         self.branch = branch
         self._commit: Commit | None = None
@@ -30,7 +30,23 @@ class PendingCommit:
         self._thread = threading.Thread(
             target=self._run, args=(carry_out,), name=f"tailorstore-commit-{step}", daemon=False
         )
-        self._thread.start()
+        # Taken by the thread, or by whoever could not start it: after an interrupt nobody knows whether it runs.
+        self._begun = threading.Lock()
+
+    def start(self) -> None:
+        """Carry it out from now on.
+
+        Raises:
+            BaseException: an interrupt, or no more threads. It is done, with that error, or goes on all the same.
+        """
+        try:
+            self._thread.start()
+        except BaseException as error:
+            if self._begun.acquire(blocking=False):
+                self._told = True
+                self._error = error
+                self._finished.set()
+            raise
 
     def done(self) -> bool:
         """Tell whether it has been published or has failed."""
@@ -64,7 +80,6 @@ class PendingCommit:
     def settle(self) -> None:
         """Wait; raise its error if nobody has seen that yet."""
         self._finished.wait()
-        self._thread.join()
         if self._error is not None and not self._told:
             self._told = True
             raise self._error
@@ -72,6 +87,8 @@ class PendingCommit:
     def _run(self, carry_out: Callable[[], Commit]) -> None:
         # Let the caller go first: it waits for the interpreter's lock, and this thread would hold it for milliseconds.
         time.sleep(_HEAD_START_SECONDS)
+        if not self._begun.acquire(blocking=False):
+            return
         try:
             self._commit = carry_out()
         except BaseException as error:  # noqa: BLE001 - kept for whoever asks

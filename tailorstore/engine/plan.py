@@ -113,7 +113,7 @@ def due_layers(
         mask: the caller's.
         context: what the mask is decided upon.
         head: the branch's newest composite; ``None`` before its first commit.
-        documents: of every layer of ``head``.
+        documents: of every layer of ``head`` but those in quarantine, which are written in full whatever the mask says.
         partial: layers that are not captured stay as the branch has them, and new ones may come.
 
     Raises:
@@ -123,33 +123,39 @@ def due_layers(
     chosen = resolve_mask(mask, context)
     if head is None:
         return dict.fromkeys(capture.layers, "full")
-    stored = {name: document for name, document in documents.items() if name != EXTRA_LAYER}
+    stored = {name: documents.get(name) for name in head.versions if name != EXTRA_LAYER}
     if partial:
         stored = {name: document for name, document in stored.items() if name in capture.layers}
         known = {name: layer for name, layer in capture.layers.items() if name in stored}
         check_same_model(known, stored, branch=context.branch, head=head)
     else:
         check_same_model(capture.layers, stored, branch=context.branch, head=head)
-    new_kinds = [
-        name for name, layer in capture.layers.items() if name not in stored or _has_new_kind(layer, stored[name])
-    ]
+    new_kinds = [name for name, layer in capture.layers.items() if _has_new_kind(layer, stored.get(name))]
     due: dict[str, Fidelity] = {**chosen, **dict.fromkeys(new_kinds, "full")}
     return {name: due[name] for name in capture.layers if name in due}
 
 
 def check_same_model(
-    layers: Mapping[str, LayerCapture], stored: Mapping[str, LayerDocument], *, branch: str, head: Composite
+    layers: Mapping[str, LayerCapture], stored: Mapping[str, LayerDocument | None], *, branch: str, head: Composite
 ) -> None:
     """Compare a model's layers, tensors and shapes with those of a branch.
+
+    Args:
+        layers: of the model.
+        stored: document of every layer of the branch; ``None`` where its version is in quarantine.
+        branch: for messages.
+        head: for messages.
 
     Raises:
         ModelMismatchError: names what differs.
     """
     problems = [f"layer {name!r} is new" for name in layers if name not in stored]
     problems += [f"layer {name!r} is gone" for name in stored if name not in layers]
-    for name in [name for name in layers if name in stored]:
+    for name, document in stored.items():
+        if name not in layers or document is None:
+            continue
         now = _weight_shapes(layers[name].content, {path: tuple(t.shape) for path, t in layers[name].arrays.items()})
-        then = _weight_shapes(stored[name].content, {path: shape for path, (_, shape) in stored[name].tensors.items()})
+        then = _weight_shapes(document.content, {path: shape for path, (_, shape) in document.tensors.items()})
         problems += [f"tensor {tensor!r} is new in layer {name!r}" for tensor in now if tensor not in then]
         problems += [f"tensor {tensor!r} is gone from layer {name!r}" for tensor in then if tensor not in now]
         problems += [
@@ -172,8 +178,13 @@ def _weight_shapes(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     return {name: shapes[value["$array"]] for kind in ("params", "buffers") for name, value in content[kind].items()}
 
 
-def _has_new_kind(layer: LayerCapture, stored: LayerDocument) -> bool:
-    """Whether a layer has slots or dtypes that its stored version has not: leaving it would mix two kinds of state."""
+def _has_new_kind(layer: LayerCapture, stored: LayerDocument | None) -> bool:
+    """Whether a layer has slots or dtypes that its stored version has not: leaving it would mix two kinds of state.
+
+    Without a version that can be read it has nothing but new ones.
+    """
+    if stored is None:
+        return True
     live = {path: (dtype_name(tensor.dtype, path), tuple(tensor.shape)) for path, tensor in layer.arrays.items()}
     kept = stored.tensors
     if any(kept.get(path) != described for path, described in live.items()):

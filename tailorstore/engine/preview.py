@@ -81,6 +81,7 @@ def preview(
     seconds = (commits[0].created_at - commits[1].created_at).total_seconds() if len(commits) > 1 else None
     context = MaskContext(store.branch_name, steps[-1] + spacing, states, {}, len(commits), seconds)
     chosen = resolve_mask(strategy, context)
+    chosen |= {info.name: "full" for info in layers if info.quarantined is not None}
     planned = tuple(_planned(state, chosen.get(name)) for name, state in states.items())
     return Preview(
         branch=store.branch_name,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
+from tailorstore.domain.lines import LineRun
 from tailorstore.domain.records import (
     EXTRA_LAYER,
     Binding,
@@ -35,8 +36,24 @@ class Head:
 
     composite: Composite
     documents: Mapping[str, LayerDocument]
+    """Of all layers but those in quarantine: what is damaged is equal to nothing, and the base of nothing."""
     base_documents: Mapping[str, LayerDocument]
     """Of the bases of light versions."""
+
+    @property
+    def mark(self) -> str:
+        """What is the same only for the same composite with the same layers in quarantine."""
+        return " ".join((self.composite.commit.id, *self.composite.quarantined))
+
+    @property
+    def whole(self) -> Composite:
+        """The composite without the layers in quarantine."""
+        composite, quarantined = self.composite, self.composite.quarantined
+        return replace(
+            composite,
+            versions={name: version for name, version in composite.versions.items() if name not in quarantined},
+            bases={name: base for name, base in composite.bases.items() if name not in quarantined},
+        )
 
     def base_of(self, layer: str) -> tuple[LayerVersion, LayerDocument]:
         """Return the newest full version of a layer, and its document."""
@@ -60,15 +77,15 @@ def following(head: Head | None, commit: Commit, sealed: Mapping[str, SealedLaye
     fresh = {name: layer.version for name, layer in sealed.items()}
     versions: dict[str, LayerVersion] = dict(head.composite.versions) if head else {}
     versions |= fresh
-    bases = {
-        name: head.base_of(name)
-        for name, version in sorted(versions.items())
-        if version.fidelity == "light" and head is not None
-    }
+    light = [name for name, version in sorted(versions.items()) if version.fidelity == "light"] if head else []
+    # Of a light version in quarantine that stays the base stays, too, whether or not it can be read.
+    kept = {name: head.composite.bases[name] for name in light if head and name not in fresh}
+    based = {name: head.base_of(name) for name in light if head and name not in head.composite.quarantined}
+    bases = kept | {name: base for name, (base, _) in based.items()}
     documents = dict(head.documents) if head else {}
     documents |= {name: layer.document for name, layer in sealed.items()}
-    composite = Composite(commit, dict(sorted(versions.items())), {name: base for name, (base, _) in bases.items()})
-    return Head(composite, documents, {name: document for name, (_, document) in bases.items()})
+    composite = Composite(commit, dict(sorted(versions.items())), dict(sorted(bases.items())))
+    return Head(composite, documents, {name: document for name, (_, document) in based.items()})
 
 
 @dataclass(slots=True)
@@ -82,23 +99,33 @@ class Publisher:
     branch: str
     head: Head | None = None
     """The newest that is known; looked at anew for each commit."""
+    claim: str | None = None
+    """Commit that is announced, or may be: an interrupt can come between the catalog's doing it and its word."""
 
     def look(self) -> Head | None:
         """Return the branch's head, reading what is not in memory; ``None`` before its first commit."""
         commit = self.catalog.head(self.branch)
         if commit is None:
             return None
-        if self.head is not None and self.head.composite.commit.id == commit.id:
+        # What was verified since may be in quarantine, and what was, whole again.
+        if self.head is not None and self.head.composite.commit.id == commit.id and not self._is_outdated(self.head):
             return self.head
         composite = self.catalog.composite(commit.id)
         known = self.head.documents if self.head else None
         known_bases = self.head.base_documents if self.head else None
+        whole = Head(composite, {}, {}).whole
         self.head = Head(
             composite,
-            load_documents(self.objects, composite.versions.values(), known),
-            load_documents(self.objects, composite.bases.values(), known_bases),
+            load_documents(self.objects, whole.versions.values(), known),
+            load_documents(self.objects, whole.bases.values(), known_bases),
         )
         return self.head
+
+    def _is_outdated(self, head: Head) -> bool:
+        """Tell whether other versions than this head knows of are in quarantine by now."""
+        composite, quarantine = head.composite, self.catalog.in_quarantine()
+        versions = [*composite.versions.values(), *composite.bases.values()]
+        return any(version.damage != quarantine.get((version.layer, version.version_id)) for version in versions)
 
     def announce(self, commit_id: str, step: int, head: Head | None) -> bool:
         """Announce a commit that is to follow a head; returns whether that still is the branch's.
@@ -106,19 +133,28 @@ class Publisher:
         Raises:
             StepOrderError, BadNameError, TagExistsError, RootTakenError, UnavailableError: nothing was announced.
         """
-        announced = self.catalog.announce(commit_id, self.branch, step, self.keeper.lease)
+        self.claim = commit_id
+        try:
+            announced = self.catalog.announce(commit_id, self.branch, step, self.keeper.lease)
+        except TailorError:
+            self.claim = None
+            raise
         if (announced.id if announced else None) == (head.composite.commit.id if head else None):
             self.keeper.hold(commit_id)
             return True
         # Another process published between the two looks.
         self.catalog.abandon(commit_id)
+        self.claim = None
         return False
 
-    def abandon(self, commit_id: str) -> None:
-        """Give an announced commit up."""
-        self.keeper.forget(commit_id)
+    def abandon(self) -> None:
+        """Give up what is announced, if anything is."""
+        if self.claim is None:
+            return
+        self.keeper.forget(self.claim)
         with contextlib.suppress(TailorError):
-            self.catalog.abandon(commit_id)
+            self.catalog.abandon(self.claim)
+        self.claim = None
 
     def publish(
         self,
@@ -146,15 +182,21 @@ class Publisher:
         try:
             follower = following(head, self._expected(draft, sealed), sealed)
             composite = follower.composite
-            manifest = CommitManifest(self.binding, composite.commit, composite.versions, composite.bases, measures)
+            # A branch that does not exist yet begins a line, which is named by its first commit.
+            lines = self.catalog.lines_of(draft.branch) or (LineRun(draft.id),)
+            manifest = CommitManifest(
+                self.binding, composite.commit, composite.versions, composite.bases, measures, lines
+            )
             write_manifest(self.objects, manifest)
             check_binding(self.objects, self.binding)
-            commit = self.catalog.publish(draft, [layer.version for layer in sealed.values()], measures)
+            described = replace(draft, line=lines[0].line, created_at=composite.commit.created_at)
+            commit = self.catalog.publish(described, [layer.version for layer in sealed.values()], measures)
         except BaseException:
-            self.abandon(draft.id)
+            self.abandon()
             self.head = None
             raise
         self.keeper.forget(draft.id)
+        self.claim = None
         self.head = replace(follower, composite=replace(composite, commit=commit))
         return commit
 

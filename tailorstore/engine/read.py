@@ -198,10 +198,10 @@ def _memory(array: StoredArray, chunk: Chunk, part: Part) -> list[memoryview] | 
         return None
     row = chunk.elements // (chunk.box[cut][1] - chunk.box[cut][0]) * itemsize(array.dtype)
     before, after = (shared[cut][0] - chunk.box[cut][0]) * row, (chunk.box[cut][1] - shared[cut][1]) * row
-    return [*_nowhere(before), as_bytes(target), *_nowhere(after)]
+    return [*nowhere(before), as_bytes(target), *nowhere(after)]
 
 
-def _nowhere(count: int) -> list[memoryview]:
+def nowhere(count: int) -> list[memoryview]:
     """Return so many bytes of memory that nobody looks at; the same over and over."""
     if not hasattr(_scratch, "block"):
         _scratch.block = memoryview(bytearray(_SCRATCH_BYTES))

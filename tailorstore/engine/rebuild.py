@@ -1,20 +1,20 @@
-"""From the manifests in a root back to a catalog: the explicit take-over, and the view of a root owned by another."""
+"""From the manifests in a root back to a catalog: what the documents amount to, and what of it can be read."""
 
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError
-from tailorstore.domain.names import manifest_key, ref_record_key
-from tailorstore.domain.records import Commit, CommitManifest, RefRecord
+from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError, TailorError
+from tailorstore.domain.lines import Tip
+from tailorstore.domain.names import LAYERS_PREFIX, layer_component, manifest_key, ref_record_key
+from tailorstore.domain.records import CommitManifest, RefRecord, Standing
+from tailorstore.domain.replay import replay
+from tailorstore.domain.reports import IncompleteCommit, RebuildReport
+from tailorstore.storage.layers import GROUP_DOCUMENT
 from tailorstore.storage.manifests import manifest_ids, read_manifest, read_ref_record, ref_record_ids
+from tailorstore.storage.quarantine import read_quarantine
 from tailorstore.storage.threads import Job, run_jobs
 from tailorstore.storage.transport import Objects
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 Document = TypeVar("Document")
 
@@ -25,103 +25,131 @@ class History:
 
     commits: tuple[CommitManifest, ...]
     """Published commits, oldest first."""
-    branches: Mapping[str, str]
-    """Branch name → id of its newest commit."""
+    branches: Mapping[str, Tip]
     tags: Mapping[str, str]
-    unplaced: tuple[str, ...]
-    """Ids of commits that were not published: they lost a race, or their process died just before."""
+    """Tag name → commit id."""
+    withdrawn: Mapping[str, Standing]
+    """Ids of commits of which there is a manifest, and which are not among the published ones, to the reason."""
     unreadable: tuple[str, ...]
     """Keys of documents that could not be understood."""
+    quarantine: Mapping[tuple[str, str], str]
+    """Layer component and version id of what is in quarantine, with what was found."""
+
+    @property
+    def unplaced(self) -> tuple[str, ...]:
+        """Ids of commits that were not published: they lost a race, or their process died just before."""
+        return tuple(commit_id for commit_id, why in self.withdrawn.items() if why == "unplaced")
+
+    def report(
+        self, epoch: int, incomplete: tuple[IncompleteCommit, ...], written: tuple[str, ...], *, dry_run: bool
+    ) -> RebuildReport:
+        """Return what a take-over says of it."""
+        held = (version for one in self.commits for version in (*one.versions.values(), *one.bases.values()))
+        return RebuildReport(
+            commits=len(self.commits),
+            versions=len({(version.layer, version.version_id) for version in held}),
+            branches=tuple(sorted(self.branches)),
+            tags=tuple(sorted(self.tags)),
+            unplaced=self.unplaced,
+            unreadable=self.unreadable,
+            incomplete=incomplete,
+            written=written,
+            epoch=epoch,
+            dry_run=dry_run,
+        )
 
 
-def read_history(objects: Objects) -> History:
+def read_history(
+    objects: Objects,
+    store_id: str | None = None,
+    more_manifests: Sequence[CommitManifest] = (),
+    more_records: Sequence[RefRecord] = (),
+) -> History:
     """Read every manifest and every record of tags and branches, in parallel, and replay them.
+
+    Args:
+        objects: the root.
+        store_id: the store that it is of: manifests of another one, that somebody copied here, were never published
+            here. ``None``: of whichever there are.
+        more_manifests: taken for as good as those there, and in place of those of the same commits.
+        more_records: likewise.
 
     Raises:
         UnavailableError, AccessDeniedError: the root cannot be read.
     """
-    unreadable: list[str] = []
-    manifests = _read_all(objects, sorted(manifest_ids(objects)), read_manifest, manifest_key, unreadable)
-    records = _read_all(objects, sorted(ref_record_ids(objects)), read_ref_record, ref_record_key, unreadable)
-    good = [manifest for name, manifest in manifests.items() if manifest.commit.id == name]
-    unreadable += [manifest_key(name) for name, manifest in manifests.items() if manifest.commit.id != name]
-    return replay(good, list(records.values()), unreadable)
+    manifests, bad_manifests = read_manifests(objects, sorted(manifest_ids(objects)))
+    records, bad_records = read_records(objects)
+    manifests |= {one.commit.id: one for one in more_manifests}
+    records |= {one.id: one for one in more_records}
+    bad_manifests = tuple(one for one in bad_manifests if one not in manifests)
+    bad_records = {one: error for one, error in bad_records.items() if one not in records}
+    strange = [name for name, one in manifests.items() if store_id not in (None, one.binding.store_id)]
+    replayed = replay([one for name, one in manifests.items() if name not in strange], list(records.values()))
+    bad_manifests = (*bad_manifests, *replayed.contradictory)
+    unplaced: dict[str, Standing] = dict.fromkeys([*replayed.unplaced, *strange], "unplaced")
+    unreadable: dict[str, Standing] = dict.fromkeys(bad_manifests, "unreadable")
+    return History(
+        commits=replayed.commits,
+        branches=replayed.branches,
+        tags=replayed.tags,
+        withdrawn=unplaced | unreadable,
+        unreadable=tuple(sorted([*map(manifest_key, bad_manifests), *map(ref_record_key, bad_records)])),
+        quarantine=read_quarantine(objects),
+    )
 
 
-def replay(
-    manifests: Sequence[CommitManifest], records: Sequence[RefRecord], unreadable: Iterable[str] = ()
-) -> History:
-    """Let publications and changes of refs happen again, in the order of their times and by the same rule.
+def read_manifests(objects: Objects, commit_ids: Sequence[str]) -> tuple[dict[str, CommitManifest], tuple[str, ...]]:
+    """Read manifests in parallel; those that are gone are left out.
 
-    The rule: a commit is published if its parent is the head of its branch.
-
-    Where two commits name the same parent, the one that others were built on was published; of two without
-    descendants, the later one counts, as a process that died just before publishing would have gone on.
+    Returns:
+        Those that can be read, by id, and the ids of those that cannot be understood.
     """
-    by_id = {manifest.commit.id: manifest for manifest in manifests}
-    built_on = {manifest.commit.parent for manifest in manifests if manifest.commit.parent}
-    referenced = {record.commit for record in records if record.commit}
-    events: list[tuple[datetime, int, CommitManifest | RefRecord]] = [
-        (manifest.commit.created_at, 0, manifest) for manifest in manifests
-    ]
-    events += [(record.created_at, 1, record) for record in records]
-    events.sort(key=lambda event: (event[0], event[1]))
-    pointed: dict[str, list[datetime]] = {}
-    for record in sorted(records, key=lambda record: record.created_at):
-        if record.kind == "branch":
-            pointed.setdefault(record.name, []).append(record.created_at)
-    siblings: dict[tuple[str, str | None], list[Commit]] = defaultdict(list)
+    found, unreadable = _read_all(objects, commit_ids, read_manifest)
+    strange = [name for name, manifest in found.items() if manifest.commit.id != name]
+    good = {name: manifest for name, manifest in found.items() if manifest.commit.id == name}
+    return good, tuple(sorted([*unreadable, *strange]))
+
+
+def read_records(objects: Objects) -> tuple[dict[str, RefRecord], dict[str, TailorError]]:
+    """Read all records of tags and branches in parallel.
+
+    Returns:
+        Those that can be read, by id, and why the others cannot be understood.
+    """
+    return _read_all(objects, sorted(ref_record_ids(objects)), read_ref_record)
+
+
+def find_incomplete(objects: Objects, manifests: Iterable[CommitManifest]) -> tuple[IncompleteCommit, ...]:
+    """Return the commits of which layers are gone, as one flat listing tells: no object is read.
+
+    A layer is gone if the group document of its version, or of the base that this needs, is not there.
+    """
+    present: set[tuple[str, str]] = set()
+    for info in objects.list(LAYERS_PREFIX):
+        component, _, rest = info.key.removeprefix(LAYERS_PREFIX).partition("/")
+        version_id, _, name = rest.partition("/")
+        if name == GROUP_DOCUMENT:
+            present.add((component, version_id))
+    incomplete: list[IncompleteCommit] = []
     for manifest in manifests:
-        siblings[manifest.commit.branch, manifest.commit.parent].append(manifest.commit)
-    branches: dict[str, str] = {}
-    tags: dict[str, str] = {}
-    placed: dict[str, CommitManifest] = {}
-
-    def changes_before(commit: Commit) -> int:
-        return bisect_right(pointed.get(commit.branch, []), commit.created_at)
-
-    def loses(manifest: CommitManifest) -> bool:
-        commit = manifest.commit
-        if commit.id in built_on or commit.id in referenced:
-            return False
-        # Where the branch was moved or removed in between, two commits with the same parent never met.
-        rivals = [
-            other
-            for other in siblings[commit.branch, commit.parent]
-            if other is not commit and changes_before(other) == changes_before(commit)
-        ]
-        return any(
-            rival.id in built_on or rival.id in referenced or rival.created_at > commit.created_at for rival in rivals
-        ) and branches.get(commit.branch) in (commit.parent, None)
-
-    for _, _, event in events:
-        if isinstance(event, RefRecord):
-            names = tags if event.kind == "tag" else branches
-            if event.commit is None:
-                names.pop(event.name, None)
-            elif event.commit in by_id:
-                names[event.name] = event.commit
-        else:
-            head = branches.get(event.commit.branch)
-            # A parent without manifest was expired; then the branch's head is whatever came last before it.
-            follows = head == event.commit.parent or event.commit.parent not in by_id
-            if follows and not loses(event):
-                branches[event.commit.branch] = event.commit.id
-                placed[event.commit.id] = event
-    unplaced = tuple(commit_id for commit_id in by_id if commit_id not in placed)
-    heads = {name: commit_id for name, commit_id in branches.items() if commit_id in placed}
-    kept_tags = {name: commit_id for name, commit_id in tags.items() if commit_id in placed}
-    return History(tuple(placed.values()), heads, kept_tags, unplaced, tuple(sorted(unreadable)))
+        needed = (*manifest.versions.values(), *manifest.bases.values())
+        gone = {one.layer for one in needed if (layer_component(one.layer), one.version_id) not in present}
+        if gone:
+            commit = manifest.commit
+            incomplete.append(IncompleteCommit(commit.id, commit.step, commit.branch, tuple(sorted(gone))))
+    return tuple(incomplete)
 
 
 def _read_all(
-    objects: Objects,
-    ids: Sequence[str],
-    read: Callable[[Objects, str], Document],
-    key: Callable[[str], str],
-    unreadable: list[str],
-) -> dict[str, Document]:
+    objects: Objects, ids: Sequence[str], read: Callable[[Objects, str], Document]
+) -> tuple[dict[str, Document], dict[str, TailorError]]:
+    """Read documents in parallel; those that are gone are left out.
+
+    Returns:
+        Those that can be read, by id, and why the others cannot be understood.
+    """
     found: dict[str, Document] = {}
+    unreadable: dict[str, TailorError] = {}
 
     def job(name: str) -> Job:
         def run() -> None:
@@ -129,11 +157,11 @@ def _read_all(
                 found[name] = read(objects, name)
             except MissingObjectError:
                 return  # deleted since it was listed
-            except (CorruptDocumentError, FormatTooNewError):
-                unreadable.append(key(name))
+            except (CorruptDocumentError, FormatTooNewError) as error:
+                unreadable[name] = error
 
         return run
 
     if ids:
         run_jobs([job(name) for name in ids], objects.workers)
-    return {name: found[name] for name in ids if name in found}
+    return {name: found[name] for name in ids if name in found}, unreadable

@@ -175,7 +175,8 @@ class Selector:
         self._committed_at = time.monotonic()
 
     def _state(self, layer: LayerCapture, step: int, head: Composite | None, measures: LayerMeasures) -> LayerState:
-        version = head.versions.get(layer.name) if head else None
+        # What is in quarantine is as good as never stored.
+        version = head.versions.get(layer.name) if head and layer.name not in head.quarantined else None
         if head is None or version is None:
             return LayerState(
                 layer.name, layer.nbytes, None, bytes_full=layer.nbytes, bytes_light=self._light_bytes(layer)

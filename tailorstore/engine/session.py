@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
-from tailorstore.catalog.catalog import Catalog, StoreCatalog
-from tailorstore.domain.errors import ClosedError, RootTakenError, StoreNotFoundError
-from tailorstore.domain.records import Binding, RebuildReport
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.errors import (
+    CatalogOutdatedError,
+    ClosedError,
+    NotAStoreError,
+    RootTakenError,
+    StoreNotFoundError,
+)
+from tailorstore.domain.records import Binding
+from tailorstore.domain.reports import RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
-from tailorstore.engine.opening import Opened, fingerprint, load_history, open_copy, open_root
-from tailorstore.engine.rebuild import read_history
+from tailorstore.engine.opening import Opened, fingerprint, load_history, make_catalog, open_copy, open_root
+from tailorstore.engine.rebuild import find_incomplete, read_history
+from tailorstore.engine.salvage import Salvage, find_salvage, write_salvage
 from tailorstore.storage.manifests import read_binding, write_binding
 from tailorstore.storage.objects import printable_url
 from tailorstore.storage.transport import Objects
@@ -117,8 +125,15 @@ class Session:
         Raises:
             ClosedError: the store was closed.
             RootTakenError: another catalog owns the root; the message says which.
+            CatalogOutdatedError: the catalog is older than the root.
         """
         self.check_open()
+        if self._opened.outdated is not None:
+            msg = (
+                f"cannot {verb}: the catalog {self.catalog_url} is older than its root {self.objects.url}:"
+                f" {self._opened.outdated}. Bring it up to date with rebuild_catalog() ('tailorstore rebuild')"
+            )
+            raise CatalogOutdatedError(msg)
         if not self._opened.owned:
             msg = (
                 f"cannot {verb}: the root {self.objects.url} belongs to catalog {self.binding.catalog_id} (epoch"
@@ -136,39 +151,55 @@ class Session:
         self.check_open()
         if self._opened.owned or fingerprint(self.objects) == self._opened.seen:
             return False
-        copy = open_copy(self.objects, read_binding(self.objects) or self.binding)
+        copy = open_copy(self.objects, self._found_binding())
         self._leave()
         self._use(copy)
         return True
 
-    def take_over(self) -> RebuildReport:
+    def _found_binding(self) -> Binding:
+        try:
+            return read_binding(self.objects) or self.binding
+        except NotAStoreError:
+            # It was opened by its manifests all the same; a take-over writes the document anew.
+            return self.binding
+
+    def take_over(self, *, dry_run: bool = False) -> RebuildReport:
         """Fill the catalog that was asked for from the manifests in the root, and make it the root's owner.
 
+        Where it is the owner already, and is not older than the root, what the root has lost of what it knows is
+        written there first.
+
+        Args:
+            dry_run: only say what would be found; nothing is changed.
+
         Raises:
+            RootTakenError: another take-over into the same catalog was faster.
             UnavailableError, AccessDeniedError: root or catalog cannot be read or written. Do it again: until it
                 succeeds the root can be read from its manifests.
         """
-        found = read_binding(self.objects) or self.binding
-        catalog = Catalog.open(self._catalog_url, create=True)
-        binding = Binding(found.store_id, catalog.catalog_id, found.epoch + 1)
-        # Claim first, read after: whoever owned the root writes a manifest before it looks who owns the root, so what
-        # it still publishes is among the manifests, and all else it finds refused.
-        write_binding(self.objects, binding, replace=True)
-        history = read_history(self.objects)
-        store = load_history(catalog, binding, self.objects, history)
+        found = self._found_binding()
+        owned = self.writable and found == self.binding
+        if dry_run:
+            kept = find_salvage(self.objects, self.catalog) if owned else Salvage()
+            history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
+            incomplete = find_incomplete(self.objects, history.commits)
+            return history.report(found.epoch, incomplete, kept.keys, dry_run=True)
+        written = write_salvage(self.objects, self.catalog) if owned else ()
+        catalog = make_catalog(self._catalog_url)
+        try:
+            binding = catalog.claim(found.store_id, self.objects.url, found.epoch)
+            # Claim first, read after: whoever owned the root writes a manifest before it looks who owns the root, so
+            # what it still publishes is among the manifests, and all else it finds refused.
+            write_binding(self.objects, binding, replace=True)
+            history = read_history(self.objects, found.store_id)
+            incomplete = find_incomplete(self.objects, history.commits)
+            store = load_history(catalog, binding, self.objects, history)
+        except BaseException:
+            catalog.close()
+            raise
         self._leave()
         self._use(Opened(catalog, store, binding, owned=True))
-        return RebuildReport(
-            commits=len(history.commits),
-            versions=len(
-                {(v.layer, v.version_id) for m in history.commits for v in [*m.versions.values(), *m.bases.values()]}
-            ),
-            branches=tuple(sorted(history.branches)),
-            tags=tuple(sorted(history.tags)),
-            unplaced=history.unplaced,
-            unreadable=history.unreadable,
-            epoch=binding.epoch,
-        )
+        return history.report(binding.epoch, incomplete, written, dry_run=False)
 
     def close(self) -> None:
         """Give leases back and close connections."""

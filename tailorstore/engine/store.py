@@ -14,13 +14,14 @@ from tailorstore.domain.records import (
     CommitDiff,
     GcReport,
     LayerInfo,
-    RebuildReport,
     Reference,
     StoreStats,
     VerifyReport,
 )
+from tailorstore.domain.reports import RebuildReport
 from tailorstore.domain.retention import RetentionPolicy
-from tailorstore.engine.checkout import Checkpoint, check_out
+from tailorstore.engine.checkout import Checkpoint
+from tailorstore.engine.claims import check_out
 from tailorstore.engine.commit import Request
 from tailorstore.engine.commits import Commits
 from tailorstore.engine.diff import diff_composites
@@ -35,7 +36,7 @@ from tailorstore.engine.session import Session
 from tailorstore.engine.tensors.capture import Model, Optim, OptimizerLike
 from tailorstore.engine.tensors.gradients import Watch, Watched
 from tailorstore.engine.updates import Updates, collect_updates
-from tailorstore.engine.verify import verify
+from tailorstore.engine.verifying import scrub, verify_commit, verify_store
 
 
 class Store:
@@ -179,22 +180,31 @@ class Store:
         self._refresh()
         return self._catalog.log(branch or self.branch_name, _check_limit(limit))
 
-    def checkout(self, ref: str | int | Commit = LATEST) -> Checkpoint:
+    def checkout(
+        self, ref: str | int | Commit = LATEST, *, fallback: bool = False, progress: Progress | None = None
+    ) -> Checkpoint:
         """Return the composite checkpoint of a ref: one catalog query, no tensor bytes.
 
         Args:
             ref: a step (``1200``), ``latest``, a branch, ``branch@step``, a tag, a commit id or its beginning.
+            fallback: read all of it first, and where a layer is damaged take the newest commit that led to it and is
+                whole: ``Checkpoint.fallback_from`` tells. Of many ranks the coordinator reads, alone.
+            progress: of that reading.
 
         Raises:
+            IntegrityError: ``fallback``, and no commit that led to it is whole; lists those that were tried.
             RefNotFoundError: names no commit; the message has the nearest.
             AmbiguousRefError: could mean several; the message has them.
         """
         parsed = parse_ref(ref)
         ranks = self._commits.ranks()
         if ranks is not None:
-            return check_out_together(ranks, self._session, parsed, self.branch_name, self._commits)
+            return check_out_together(
+                ranks, self._session, parsed, self.branch_name, self._commits, fallback=fallback, progress=progress
+            )
         self._refresh()
-        return check_out(self._session, parsed, self.branch_name, self._commits.known_documents)
+        known = self._commits.known_documents
+        return check_out(self._session, parsed, self.branch_name, known, fallback=fallback, progress=progress)
 
     def show(self, ref: str | int | Commit = LATEST) -> Commit:
         """Return the commit of a ref; raises as :meth:`checkout` does."""
@@ -325,31 +335,75 @@ class Store:
             progress=progress,
         )
 
-    def verify(self, ref: str | int | Commit | None = None, *, progress: Progress | None = None) -> VerifyReport:
+    def verify(
+        self, ref: str | int | Commit | None = None, *, repair: bool = False, progress: Progress | None = None
+    ) -> VerifyReport:
         """Read every object of a composite, or of the whole store, and compare it with its digest.
+
+        Where the catalog can be written it remembers what was read when, for :meth:`scrub`.
+
+        Args:
+            ref: as for :meth:`checkout`; ``None``: the whole store, with what nothing in its root explains.
+            repair: make documents again that follow from what is known, and put damaged layer versions into quarantine:
+                composites that hold them say so, the next commit of the layer writes it anew, and GC's policies do not
+                count such commits. What is whole again leaves quarantine. Nothing is re-pointed. Of the whole store,
+                changes of tags and branches that are not on record are recorded.
+            progress: is told how many versions and bytes are read.
 
         Raises:
             RefNotFoundError: no such ref.
-            UnavailableError, AccessDeniedError: storage or catalog cannot be read.
+            RootTakenError: ``repair``, and another catalog owns the root; nothing was changed.
+            UnavailableError, AccessDeniedError: storage or catalog cannot be read, or not be written to repair.
         """
         self._refresh()
+        if repair:
+            self._session.check_writable("repair")
         if ref is None:
-            commits = list(self._catalog.inventory().commits())
-            return verify(self._objects, self._catalog, self._catalog.live_versions(), commits, progress)
-        with self.checkout(ref) as checkpoint:
-            commit_id = checkpoint.commit.id
-            versions = self._catalog.composite(commit_id).versions.values()
-            return verify(self._objects, self._catalog, versions, [commit_id], progress)
+            return verify_store(self._session, mend=repair, progress=progress)
+        return verify_commit(self._session, parse_ref(ref), self.branch_name, mend=repair, progress=progress)
 
-    def rebuild_catalog(self) -> RebuildReport:
-        """Take the root over: fill this store's catalog from the manifests in the root, which it owns from then on.
+    def scrub(self, fraction: float, *, progress: Progress | None = None) -> VerifyReport:
+        """Verify about this fraction of the stored bytes, what was not verified for longest first.
 
-        The catalog that owned it finds out at its next publication or GC, before it can do harm.
+        The catalog remembers, so 1/30 a day reads all within 30 days, as long as less than that is written each day.
+
+        Args:
+            fraction: above 0, at most 1; of the manifests as many.
+            progress: as for :meth:`verify`.
 
         Raises:
-            UnavailableError, AccessDeniedError: root or catalog cannot be read or written; the owner stays.
+            InvalidInputError: the fraction is none.
+            RootTakenError, AccessDeniedError: this process cannot write to the catalog, so that nothing would be
+                remembered; nothing was read.
+            UnavailableError: storage or catalog cannot be read.
+        """
+        self._refresh()
+        return scrub(self._session, fraction, progress=progress)
+
+    def quarantined(self) -> dict[str, tuple[str, ...]]:
+        """Return the ids of commits that hold layers in quarantine, with the names of these layers."""
+        self._refresh()
+        return self._catalog.commits_in_quarantine()
+
+    def rebuild_catalog(self, *, dry_run: bool = False) -> RebuildReport:
+        """Take the root over: fill this store's catalog from the manifests in the root, which it owns from then on.
+
+        The catalog that owned it finds out at its next publication or GC, before it can do harm. What can be told from
+        the root comes back exactly; the report lists the rest. Where this store's catalog owns the root already, what
+        only it knows is written there first, so nothing of that is lost.
+
+        Args:
+            dry_run: only report what would be found; change nothing.
+
+        Raises:
+            RootTakenError: another take-over into the same catalog was faster.
+            UnavailableError, AccessDeniedError: root or catalog cannot be read or written; do it again. Until it
+                succeeds the store can be read.
         """
         self._session.check_open()
+        if dry_run:
+            self._commits.wait()
+            return self._session.take_over(dry_run=True)
         return self._commits.between(self._session.take_over)
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ class Destination:
 
 
 def write_layers(destination: Destination, layers: Iterable[PlannedLayer]) -> None:
-    """Write and seal layers; when this returns every object of theirs is durable.
+    """Write and seal layers; when this returns every object of theirs is durable, and has arrived whole.
 
     Raises:
         StorageUnavailableError, StorageFullError, AccessDeniedError: unpublished objects remain, listed in ``written``.
@@ -75,7 +75,8 @@ def write_layers(destination: Destination, layers: Iterable[PlannedLayer]) -> No
     sized.sort(key=lambda job: -job[0])
     run_jobs([job for _, job in sized], objects.workers)
     # Once for all layers: they share directories, and a journal takes many flushes in one go.
-    objects.sync([key for name, sealed in written.sealed.items() if name not in before for key in sealed.keys])
+    fresh = [sealed.sizes for name, sealed in written.sealed.items() if name not in before]
+    objects.confirm({key: size for sizes in fresh for key, size in sizes.items()})
 
 
 class _LayerWriter:
@@ -188,8 +189,7 @@ class _LayerWriter:
                 light=encoded.table,
                 error=encoded.error,
             )
-        sealed = seal(self._objects, document)
-        self._written.keys.extend(sealed.keys)
+        sealed = seal(self._objects, document, self._written.keys.extend)
         self._written.sealed[name] = sealed
 
     def _records(self) -> Mapping[str, ArrayRecord]:

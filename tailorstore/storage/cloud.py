@@ -1,7 +1,8 @@
 """S3, Google Cloud Storage, Azure and, on request, local directories through obstore."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
@@ -15,9 +16,11 @@ from tailorstore.domain.errors import (
     TailorError,
 )
 from tailorstore.storage import failures
-from tailorstore.storage.cloud_options import azure_store, google_store, local_store, s3_store
+from tailorstore.storage.arrivals import check_arrivals
+from tailorstore.storage.cloud_options import CloudStores, azure_stores, google_stores, local_stores, s3_stores
 from tailorstore.storage.local import LocalObjects
 from tailorstore.storage.threads import map_in_threads
+from tailorstore.storage.timeouts import PutDeadlines
 from tailorstore.storage.transport import (
     DeleteFailure,
     DeleteFailures,
@@ -25,6 +28,7 @@ from tailorstore.storage.transport import (
     ObjectInfo,
     Observe,
     check_key,
+    check_limit,
     check_prefix,
     joined,
     size_in_bytes,
@@ -63,24 +67,23 @@ def open_cloud(root: str, options: Mapping[str, Any]) -> "CloudObjects":
     scrubber = failures.Scrubber(options)
     try:
         if protocol == "s3":
-            store, workers = s3_store(rest, options, scrubber)
+            stores = s3_stores(rest, options, scrubber)
         elif protocol == "gs":
-            store, workers = google_store(rest, options), None
+            stores = google_stores(rest, options)
         elif protocol in ("az", "abfs"):
-            store, workers = azure_store(rest, options), None
+            stores = azure_stores(rest, options)
         elif protocol == "file":
-            store, workers = local_store(), None
+            stores = local_stores()
         else:
             msg = f"obstore does not speak {protocol}://; use transport='fsspec' or None for {printable_url(root)}"
             raise InvalidInputError(msg)
+        return CloudObjects(root, stores, scrubber)
     except TailorError:
         raise
     except Exception as error:  # noqa: BLE001 - obstore has one class of errors for each kind of option
         cause = scrubber.cause(error)
         msg = f"the storage options of {printable_url(root)} cannot be used: {scrubber.clean(str(error))[:300]}"
         failure = InvalidInputError(msg)
-    else:
-        return CloudObjects(root, store, scrubber, workers or _WORKERS)
     raise failure from cause
 
 
@@ -91,11 +94,15 @@ class CloudObjects:
     is as fast, and a process that dies leaves no parts behind, which listings do not show and the bucket's owner pays.
     """
 
-    def __init__(self, root: str, store: "ObjectStore", scrubber: failures.Scrubber, workers: int) -> None:
-        """Take a store whose prefix is the root (for directories: that of the whole machine)."""
+    def __init__(self, root: str, stores: CloudStores, scrubber: failures.Scrubber) -> None:
+        """Take stores whose prefix is the root (for directories: that of the whole machine)."""
         self.url = printable_url(root)
-        self.workers = workers
-        self._store = store
+        self.workers = stores.workers or _WORKERS
+        self._stores = stores
+        self._store = stores.reading()
+        self._writing: dict[float, ObjectStore] = {}
+        self._deadlines = PutDeadlines(stores.silence_seconds)
+        self._endpoint = printable_url(stores.endpoint) if stores.endpoint else None
         self._scrubber = scrubber
         self._bucket_seen = False
         protocol, path = split_url(root)
@@ -117,14 +124,17 @@ class CloudObjects:
         path = self._path(key)
         if observe is not None:
             observe(view)
-        self._call("writing", key, lambda: obstore.put(self._store, path, view, use_multipart=False))
+        self._call("writing", key, lambda: self._deadlines.run(view.nbytes, partial(self._put, path, view)))
         self._bucket_seen = True
         return view.nbytes
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, *, limit: int | None = None) -> memoryview:
         """Fetch whole; see :meth:`Objects.get`."""
         path = self._path(key)
-        return self._call(failures.READING, key, lambda: memoryview(obstore.get(self._store, path).bytes()))
+        # The body is on its way from here on, but not in memory.
+        result = self._call(failures.READING, key, lambda: obstore.get(self._store, path))
+        check_limit(self.url, key, result.meta["size"], limit)
+        return self._call(failures.READING, key, lambda: memoryview(result.bytes()))
 
     def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
         """Stream into the target; see :meth:`Objects.read_into`."""
@@ -148,7 +158,7 @@ class CloudObjects:
                 if not block.nbytes:
                     arrived = self._call(failures.READING, key, lambda: next(blocks, None))
                     if arrived is None:
-                        raise wrong_size(self.url, key, done, expected)
+                        raise failures.unavailable(f"reading {key}", self.url, f"broke off after {done} bytes")
                     block = memoryview(arrived)
                 count = min(left.nbytes, block.nbytes)
                 # Copied before it is shown, so that what is observed is what lies in the target.
@@ -164,20 +174,16 @@ class CloudObjects:
 
     def exists(self, key: str) -> bool:
         """Ask for the object's head; see :meth:`Objects.exists`."""
-        path = self._path(key)
-        try:
-            self._call(failures.LOOKING, key, lambda: obstore.head(self._store, path))
-        except MissingObjectError:
-            self._check_bucket()
-            return False
-        self._bucket_seen = True
-        return True
+        return self._size_of(key) is not None
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
         """List page by page; see :meth:`Objects.list`."""
         check_prefix(prefix)
         below = (self._base + prefix).rstrip("/") or None
-        pages = self._call("listing", prefix, lambda: iter(obstore.list(self._store, below, chunk_size=1000)))
+        behind = self._base + after if after else None
+        pages = self._call(
+            "listing", prefix, lambda: iter(obstore.list(self._store, below, offset=behind, chunk_size=1000))
+        )
         while (page := self._call("listing", prefix, lambda: next(pages, None))) is not None:
             for meta in page:
                 key = meta["path"].removeprefix(self._base)
@@ -209,13 +215,30 @@ class CloudObjects:
             self._local.prune(keys)
         return left
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Flush local files; object stores have done so; see :meth:`Objects.sync`."""
+    def confirm(self, sizes: Mapping[str, int]) -> None:
+        """List what was put, flush local files; see :meth:`Objects.confirm`."""
         if self._local is not None:
-            self._local.sync(keys)
+            self._local.confirm(sizes)
+        else:
+            check_arrivals(self.url, sizes, self.list, self._size_of, self.workers)
 
     def close(self) -> None:
         """Connections close when the store is collected."""
+
+    def _put(self, path: str, view: memoryview, seconds: float) -> None:
+        # Made when first needed: each has connections of its own.
+        store = self._writing.setdefault(seconds, self._writing.get(seconds) or self._stores.writing(seconds))
+        obstore.put(store, path, view, use_multipart=False)
+
+    def _size_of(self, key: str) -> int | None:
+        path = self._path(key)
+        try:
+            meta = self._call(failures.LOOKING, key, lambda: obstore.head(self._store, path))
+        except MissingObjectError:
+            self._check_bucket()
+            return None
+        self._bucket_seen = True
+        return meta["size"]
 
     def _delete_one(self, path: str) -> str | None:
         try:
@@ -237,7 +260,7 @@ class CloudObjects:
         return self._base + check_key(key)
 
     def _translate(self, error: Exception, doing: str, key: str) -> TailorError:
-        return failures.from_transport(error, doing, self.url, key, self._scrubber)
+        return failures.from_transport(error, doing, self.url, key, self._scrubber, self._endpoint)
 
     def _call(self, doing: str, key: str, function: Callable[[], T]) -> T:
         try:

@@ -3,7 +3,8 @@
 import configparser
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,14 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from tailorstore.domain.errors import InvalidInputError
 from tailorstore.storage.failures import Scrubber
+from tailorstore.storage.timeouts import CONNECT_SECONDS, READ_SECONDS, SILENCE_SECONDS, configured_attempts
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig, S3Credential
 
 _RETRIES = 16
-_CONNECT_SECONDS = 5.0
-_REQUEST_SECONDS = 120.0
-"""For a whole request, so that an object of 32 MiB still passes at 0.3 MB/s."""
-_RETRY_SECONDS = 60.0
-"""No retry starts later than this after the first attempt: a server's restart is survived, an outage is reported."""
+_RETRY_SECONDS = 5.0
+"""obstore itself begins no retry later than this: whoever calls it goes on, see ``storage.retrying``."""
 
 _TUNING = frozenset({
     "asynchronous", "loop", "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache",
@@ -32,8 +31,44 @@ _TUNING = frozenset({
 """Options that tune the fsspec filesystem itself and mean nothing here."""
 
 
-def s3_store(path: str, options: Mapping[str, Any], scrubber: Scrubber) -> "tuple[ObjectStore, int | None]":
-    """Return a store for ``bucket/prefix`` and how many calls at once were asked for.
+@dataclass(frozen=True, slots=True)
+class CloudStores:
+    """A root as obstore sees it: stores that differ in how long they wait."""
+
+    make: "Callable[[ClientConfig, RetryConfig], ObjectStore]"
+    silence_seconds: float = SILENCE_SECONDS
+    """How long a server may say nothing."""
+    connect_seconds: float = CONNECT_SECONDS
+    retries: int = _RETRIES
+    workers: int | None = None
+    """How many calls at once were asked for."""
+    endpoint: str | None = None
+    """The server, where it is not the provider's own."""
+
+    def reading(self) -> "ObjectStore":
+        """Return a store for requests that send little: it is the server's silence that is timed."""
+        return self._store({
+            "read_timeout": timedelta(seconds=self.silence_seconds),
+            "timeout": timedelta(seconds=max(READ_SECONDS, self.silence_seconds)),
+        })  # fmt: skip
+
+    def writing(self, seconds: float) -> "ObjectStore":
+        """Return a store for puts, each of which may take so long."""
+        return self._store({"timeout": timedelta(seconds=seconds)})
+
+    def _store(self, timeouts: "ClientConfig") -> "ObjectStore":
+        retry: RetryConfig = {
+            "max_retries": self.retries,
+            "retry_timeout": timedelta(seconds=_RETRY_SECONDS),
+            # The pause is drawn between the first and `base` times the one before; with obstore's own base of 2 it
+            # does not grow.
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 4},
+        }
+        return self.make({"connect_timeout": timedelta(seconds=self.connect_seconds), **timeouts}, retry)
+
+
+def s3_stores(path: str, options: Mapping[str, Any], scrubber: Scrubber) -> CloudStores:
+    """Return the stores of ``bucket/prefix``.
 
     What stands in the options counts most, then the environment, then the profile in ``~/.aws``; where none of them
     has keys, obstore asks the machine's role (container, web identity, EC2).
@@ -74,12 +109,14 @@ def s3_store(path: str, options: Mapping[str, Any], scrubber: Scrubber) -> "tupl
     addressing = config.nested("s3").take("addressing_style")
     workers = config.take("max_pool_connections")
     anon = bool(given.take("anon", default=False)) or not isinstance(config.take("signature_version", default=""), str)
-    retry, timeouts = _patience(config)
+    connect = float(config.take("connect_timeout", default=CONNECT_SECONDS))
+    silence = float(config.take("read_timeout", default=SILENCE_SECONDS))
+    retries = _retries(config)
     extra = _s3_extra(given)
     for part in (given, client, config):
         part.refuse_rest()
 
-    client_options: ClientConfig = {**timeouts}
+    client_options: ClientConfig = {}
     if endpoint:
         if "://" not in endpoint:
             endpoint = f"{'https' if use_ssl else 'http'}://{endpoint}"
@@ -87,6 +124,9 @@ def s3_store(path: str, options: Mapping[str, Any], scrubber: Scrubber) -> "tupl
     # Over TLS the payload's own SHA-256 protects nothing more and costs 0.55 s of processor time for 1 GB.
     plain = (endpoint or "https:").startswith("http:") or not use_ssl
     extra["unsigned_payload"] = not plain
+    if plain and not anon:
+        # Costs nothing more once it is signed, and some servers check this alone: a flipped bit would be taken.
+        extra["checksum_algorithm"] = "SHA256"
     client_options["allow_http"] = plain
     if verify is False:
         client_options["allow_invalid_certificates"] = True
@@ -108,14 +148,16 @@ def s3_store(path: str, options: Mapping[str, Any], scrubber: Scrubber) -> "tupl
         # By a provider and not by arguments, which obstore would mix with a session token of the environment.
         extra["credential_provider"] = lambda: credential
     bucket, _, prefix = path.partition("/")
-    store = S3Store(
-        bucket, prefix=prefix or None, region=region, client_options=client_options, retry_config=retry, **extra
-    )
-    return store, workers
+
+    def make(timeouts: "ClientConfig", retry: "RetryConfig") -> "ObjectStore":
+        client: ClientConfig = {**client_options, **timeouts}
+        return S3Store(bucket, prefix=prefix or None, region=region, client_options=client, retry_config=retry, **extra)
+
+    return CloudStores(make, silence, connect, retries, workers, extra.get("endpoint"))
 
 
-def google_store(path: str, options: Mapping[str, Any]) -> "ObjectStore":
-    """Return a store for ``bucket/prefix``, from the options of gcsfs.
+def google_stores(path: str, options: Mapping[str, Any]) -> CloudStores:
+    """Return the stores of ``bucket/prefix``, from the options of gcsfs.
 
     Raises:
         InvalidInputError: an option that only gcsfs understands.
@@ -137,18 +179,22 @@ def google_store(path: str, options: Mapping[str, Any]) -> "ObjectStore":
     elif token is not None and not isinstance(token, str):
         msg = "obstore takes Google's token as a path, dictionary, access token or 'anon'; or use transport='fsspec'"
         raise InvalidInputError(msg)
-    retry, timeouts = _patience(_Options("gcsfs", {}))
-    client_options: ClientConfig = {**timeouts}
+    client_options: ClientConfig = {}
     if endpoint:
         endpoint = endpoint if "://" in endpoint else f"http://{endpoint}"
         extra["base_url"] = endpoint.rstrip("/")
         client_options["allow_http"] = endpoint.startswith("http:")
     bucket, _, prefix = path.partition("/")
-    return GCSStore(bucket, prefix=prefix or None, client_options=client_options, retry_config=retry, **extra)
+
+    def make(timeouts: "ClientConfig", retry: "RetryConfig") -> "ObjectStore":
+        client: ClientConfig = {**client_options, **timeouts}
+        return GCSStore(bucket, prefix=prefix or None, client_options=client, retry_config=retry, **extra)
+
+    return CloudStores(make, endpoint=extra.get("base_url"))
 
 
-def azure_store(path: str, options: Mapping[str, Any]) -> "ObjectStore":
-    """Return a store for ``container/prefix`` or ``container@account.host/prefix``, from the options of adlfs.
+def azure_stores(path: str, options: Mapping[str, Any]) -> CloudStores:
+    """Return the stores of ``container/prefix`` or ``container@account.host/prefix``, from the options of adlfs.
 
     Raises:
         InvalidInputError: an option that only adlfs understands.
@@ -183,18 +229,22 @@ def azure_store(path: str, options: Mapping[str, Any]) -> "ObjectStore":
     if given.take("anon", default=False) is True:
         extra["skip_signature"] = True
     given.refuse_rest()
-    retry, timeouts = _patience(_Options("adlfs", {}))
-    client_options: ClientConfig = {**timeouts}
+    client_options: ClientConfig = {}
     endpoint = extra.get("endpoint")
     if endpoint:
         extra["endpoint"] = endpoint if "://" in endpoint else f"https://{endpoint}"
         client_options["allow_http"] = extra["endpoint"].startswith("http:")
-    return AzureStore(container, prefix=prefix or None, client_options=client_options, retry_config=retry, **extra)
+
+    def make(timeouts: "ClientConfig", retry: "RetryConfig") -> "ObjectStore":
+        client: ClientConfig = {**client_options, **timeouts}
+        return AzureStore(container, prefix=prefix or None, client_options=client, retry_config=retry, **extra)
+
+    return CloudStores(make, endpoint=extra.get("endpoint"))
 
 
-def local_store() -> "ObjectStore":
+def local_stores() -> CloudStores:
     """Return a store of the whole machine's files."""
-    return LocalStore()
+    return CloudStores(lambda timeouts, retry: LocalStore())
 
 
 class _Options:
@@ -255,23 +305,10 @@ class _Profile:
         return self._config.get(name) or self._credentials.get(name)
 
 
-def _patience(config: _Options) -> "tuple[RetryConfig, ClientConfig]":
-    """Return retries and timeouts, from botocore's words where they are given."""
-    retries = config.nested("retries")
-    attempts = retries.take("total_max_attempts")
-    limit = retries.take("max_attempts", default=_RETRIES if attempts is None else attempts - 1)
-    retries.take("mode")
-    retries.refuse_rest()
-    connect = float(config.take("connect_timeout", default=_CONNECT_SECONDS))
-    read = float(config.take("read_timeout", default=_REQUEST_SECONDS))
-    retry: RetryConfig = {
-        "max_retries": int(limit),
-        "retry_timeout": timedelta(seconds=_RETRY_SECONDS),
-        # The pause is drawn between the first and `base` times the one before; with obstore's own base of 2 it does
-        # not grow, and ten retries are over in two to ten seconds, before a restarting server is back.
-        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=8), "base": 4},
-    }
-    return retry, {"connect_timeout": timedelta(seconds=connect), "timeout": timedelta(seconds=read)}
+def _retries(config: _Options) -> int:
+    """Return how often obstore is to repeat a request, from botocore's words where they are given."""
+    attempts = configured_attempts({"retries": config.take("retries")})
+    return _RETRIES if attempts is None else attempts - 1
 
 
 def _s3_extra(given: _Options) -> dict[str, Any]:

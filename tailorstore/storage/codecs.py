@@ -26,6 +26,19 @@ _UNSHUFFLED = ("entropy",)
 _LEVEL = 1
 _HEADER = struct.Struct("<BBBBIII")
 """Blosc's: version, its codec's version, flags, type size, then decoded, block and encoded size."""
+_VERSIONS = (2, 1)
+"""Of Blosc's format, and of those of LZ4's and Zstandard's that it knows."""
+_FORMATS = {"lz4": 1, "zstd": 4}
+_FORMAT_SHIFT = 5
+_SHUFFLED = 0b101
+"""Flags: by bytes, by bits."""
+_BY_BITS = 0b100
+_COPIED = 0b10
+"""Flag: it did not compress, and stands there as it was."""
+
+MOST_RATIO = 1 << 16
+"""How many times smaller than its elements a chunk's object may be. Zeros, of which nothing compresses better, come to
+1214 with zstd and 238 with lz4, whatever the chunk's size; blocks larger than Blosc's choice could come to 32 768."""
 
 
 def zarr_compressors(codec: str, itemsize: int) -> list[Any]:
@@ -64,7 +77,8 @@ def encode(codec: str, itemsize: int, data: "Buffer") -> memoryview:
 def decode(codec: str, itemsize: int, encoded: "Buffer", target: memoryview) -> None:
     """Decode a chunk's object into memory of the size that the documents say.
 
-    Nothing is allocated by what the object claims: its header is checked against ``target`` first.
+    Nothing is allocated by what the object claims: all of its header is checked first, and Blosc takes no block that
+    is larger than ``target``.
 
     Raises:
         DigestMismatchError: it does not decode to ``len(target)`` bytes; ``target`` may hold some of it.
@@ -77,16 +91,27 @@ def decode(codec: str, itemsize: int, encoded: "Buffer", target: memoryview) -> 
             raise DigestMismatchError(msg)
         target[:] = view
         return
-    _check(codec)
+    name = _check(codec)
     if view.nbytes < _HEADER.size:
         msg = f"the compressed chunk has only {view.nbytes} bytes, less than its header"
         raise DigestMismatchError(msg)
-    _, _, _, _, decoded, _, stored = _HEADER.unpack_from(view)
+    version, inner, flags, typesize, decoded, block, stored = _HEADER.unpack_from(view)
     if decoded != target.nbytes or stored != view.nbytes:
         msg = (
             f"the compressed chunk says that it holds {decoded} bytes in {stored}; it should be {target.nbytes} "
             f"in {view.nbytes}"
         )
+        raise DigestMismatchError(msg)
+    shuffle = flags & _SHUFFLED
+    if (
+        (version, inner) != _VERSIONS
+        or flags >> _FORMAT_SHIFT != _FORMATS[name]
+        or typesize != itemsize
+        or block > max(1, decoded)
+        or shuffle not in ((0,) if codec in _UNSHUFFLED else (0, _BY_BITS))
+        or (flags & _COPIED and stored != decoded + _HEADER.size)
+    ):
+        msg = f"the compressed chunk is not one of codec {codec!r}"
         raise DigestMismatchError(msg)
     if not decoded:
         return
@@ -95,6 +120,13 @@ def decode(codec: str, itemsize: int, encoded: "Buffer", target: memoryview) -> 
     except (RuntimeError, ValueError) as error:
         msg = f"the compressed chunk cannot be decoded ({error})"
         raise DigestMismatchError(msg) from error
+
+
+def stored_sizes(codec: str, decoded: int) -> tuple[int, int]:
+    """Return the least and the greatest size that the object of a chunk can have; ``decoded`` counts padding."""
+    if codec == "none":
+        return decoded, decoded
+    return max(_HEADER.size, -(-decoded // MOST_RATIO)), decoded + _HEADER.size
 
 
 def _check(codec: str) -> Literal["lz4", "zstd"]:

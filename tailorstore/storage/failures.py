@@ -22,8 +22,9 @@ READING, LOOKING = "reading", "looking for"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_NO_OBJECT = frozenset({errno.ENOTDIR, errno.EISDIR})
-"""A key that is a directory, or lies below an object: object stores allow both, and read neither."""
+_NO_OBJECT = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
+"""A key that is a directory, or lies below an object: object stores allow both, and read neither. Or it is or lies
+behind a symbolic link, none of which is followed below a root."""
 _UNUSABLE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
 
 _FULL_CODES = frozenset({"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "ServerIsFull", "StorageFull"})
@@ -126,9 +127,20 @@ def denied(doing: str, root: str, reason: str) -> AccessDeniedError:
     )
 
 
-def unavailable(doing: str, root: str, reason: str) -> StorageUnavailableError:
+def unavailable(doing: str, root: str, reason: str, endpoint: str | None = None) -> StorageUnavailableError:
     """Return the error for storage that cannot be reached or does not do its work."""
-    return StorageUnavailableError(f"storage failed while {doing} in {root} ({reason}); try again when it is reachable")
+    where = f"{root} at {endpoint}" if endpoint else root
+    return StorageUnavailableError(
+        f"storage failed while {doing} in {where} ({reason}); try again when it is reachable"
+    )
+
+
+def skewed(doing: str, root: str) -> AccessDeniedError:
+    """Return the error for a clock that makes every signature invalid."""
+    return AccessDeniedError(
+        f"access denied while {doing} in {root}: the clock of this machine and that of the storage differ by more than "
+        "a signature may be old, some 15 minutes; set the one that is wrong"
+    )
 
 
 def from_os_error(error: OSError, doing: str, root: str, key: str) -> TailorError:
@@ -155,7 +167,9 @@ def raise_os_error(error: OSError, doing: str, root: str, key: str) -> NoReturn:
     raise from_os_error(error, doing, root, key) from error
 
 
-def from_transport(error: Exception, doing: str, root: str, key: str, scrubber: Scrubber) -> TailorError:
+def from_transport(
+    error: Exception, doing: str, root: str, key: str, scrubber: Scrubber, endpoint: str | None = None
+) -> TailorError:
     """Translate an error of a transport's library; the result is not chained yet.
 
     Most libraries wrap a server's answer into classes of their own, so the answer's status and code decide.
@@ -169,6 +183,11 @@ def from_transport(error: Exception, doing: str, root: str, key: str, scrubber: 
         return no_bucket(root)
     if status == 507 or code in _FULL_CODES or number in _FULL:
         return full(what, root, reason)
+    if code in _PASSING_CODES or status in _PASSING_STATUS:
+        # Before all that goes by numbers of the system: s3fs has one of those for every answer.
+        return unavailable(what, root, reason, endpoint)
+    if code in _SKEWED_CODES:
+        return skewed(what, root)
     if code in _OTHER_REGION:
         return InvalidInputError(
             f"the bucket of {root} lies in another region ({reason}); set AWS_REGION or "
@@ -186,9 +205,16 @@ def from_transport(error: Exception, doing: str, root: str, key: str, scrubber: 
         return missing(root, key)
     if number in _UNUSABLE:
         return InvalidInputError(f"cannot go on {what} in {root} ({reason}); the root must be a directory of files")
-    return unavailable(what, root, reason)
+    return unavailable(what, root, reason, endpoint)
 
 
+_PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING_CODES = frozenset({
+    "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout",
+    "OperationAborted", "SlowDown", "TooManyRequests", "InternalError", "ServiceUnavailable",
+})  # fmt: skip
+"""What the same request may not meet again; among them bits that flipped on the way."""
+_SKEWED_CODES = frozenset({"RequestTimeTooSkewed", "RequestExpired"})
 _DENIED_CODES = frozenset({
     "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
 })  # fmt: skip

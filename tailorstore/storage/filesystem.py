@@ -6,7 +6,7 @@ flat, and what a listing says is never remembered.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,8 +19,10 @@ from tailorstore.domain.errors import (
     TailorError,
 )
 from tailorstore.storage import failures
+from tailorstore.storage.arrivals import check_arrivals
 from tailorstore.storage.local import LocalObjects, parents_of
 from tailorstore.storage.threads import map_in_threads
+from tailorstore.storage.timeouts import CONNECT_SECONDS, SILENCE_SECONDS, PutDeadlines
 from tailorstore.storage.transport import (
     DeleteFailure,
     DeleteFailures,
@@ -28,6 +30,7 @@ from tailorstore.storage.transport import (
     ObjectInfo,
     Observe,
     check_key,
+    check_limit,
     check_prefix,
     flat_parts,
     size_in_bytes,
@@ -45,7 +48,6 @@ DELETE_BATCH = 1000
 """Most keys that one S3 request deletes."""
 
 _WORKERS = 8
-_S3FS_RETRIES = 2
 _BUCKETS = frozenset({"s3", "gs", "az", "abfs", "adl"})
 """Protocols without directories, whose servers acknowledge what they have taken."""
 
@@ -66,11 +68,14 @@ def open_filesystem(root: str, options: Mapping[str, Any]) -> "FilesystemObjects
     check_package(protocol)
     scrubber = failures.Scrubber(options)
     shown = printable_url(root)
-    limit: float | None = None
+    deadlines: PutDeadlines | None = None
+    endpoint = None
     wanted: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, **options}
     if protocol == "s3":
         wanted = _for_s3fs(wanted)
-        limit = _longest_put_seconds(wanted["config_kwargs"])
+        endpoint = _endpoint_of(wanted)
+        config = wanted["config_kwargs"]
+        deadlines = PutDeadlines(float(config["connect_timeout"]) + float(config["read_timeout"]))
     elif protocol == "memory":
         # Its contents belong to the class; an instance of its own would be the same.
         wanted.pop("skip_instance_cache")
@@ -85,9 +90,9 @@ def open_filesystem(root: str, options: Mapping[str, Any]) -> "FilesystemObjects
         failure, cause = InvalidInputError(msg), scrubber.cause(error)
     else:
         if protocol == "s3":
-            # Around botocore's own; its default would multiply them by five.
-            filesystem.retries = _S3FS_RETRIES
-        return FilesystemObjects(root, filesystem, path, scrubber, limit)
+            # Whoever calls it repeats what failed; one more loop inside would multiply the time.
+            filesystem.retries = 1
+        return FilesystemObjects(root, filesystem, path, scrubber, deadlines, endpoint)
     raise failure from cause
 
 
@@ -102,16 +107,27 @@ class FilesystemObjects:
         filesystem: "AbstractFileSystem",
         path: str,
         scrubber: failures.Scrubber,
-        put_seconds: float | None,
+        deadlines: PutDeadlines | None = None,
+        endpoint: str | None = None,
     ) -> None:
-        """Take a filesystem, the root's path in it, and how long a put may take. Nothing is read or created yet."""
+        """Take a filesystem and the root's path in it. Nothing is read or created yet.
+
+        Args:
+            root: normalised URL.
+            filesystem: that speaks its protocol.
+            path: of the root, in the filesystem's words.
+            scrubber: knows the options' secrets.
+            deadlines: for puts; ``None`` for a filesystem that has no use for them.
+            endpoint: the server, where it is not the provider's own; for messages.
+        """
         self.url = printable_url(root)
         self.workers = _WORKERS
         self._fs = filesystem
         self._base = path.rstrip("/") + "/"
         self._scrubber = scrubber
         # Before an upload s3fs waits for the server's "100 Continue", where its timeouts do not reach.
-        self._put_limit = {} if put_seconds is None else {"timeout": put_seconds}
+        self._deadlines = deadlines
+        self._endpoint = printable_url(endpoint) if endpoint else None
         self._protocol, rest = split_url(root)
         self._local = LocalObjects(rest) if self._protocol == "file" else None
         self._bucket_seen = self._protocol not in _BUCKETS
@@ -133,9 +149,13 @@ class FilesystemObjects:
         self._bucket_seen = True
         return len(content)
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, *, limit: int | None = None) -> memoryview:
         """Read the file whole; see :meth:`Objects.get`."""
         path = self._path(key)
+        if limit is not None:
+            # One request more: the filesystems read whole, whatever the size.
+            found = self._call(failures.READING, key, lambda: self._fs.info(path))
+            check_limit(self.url, key, int(found["size"] or 0), limit)
         return memoryview(self._call(failures.READING, key, lambda: self._fs.cat_file(path)))
 
     def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
@@ -160,17 +180,9 @@ class FilesystemObjects:
 
     def exists(self, key: str) -> bool:
         """Ask for the file; see :meth:`Objects.exists`."""
-        path = self._path(key)
-        try:
-            # Not `fs.exists`: that is true of directories, and of prefixes whose last object is gone.
-            info = self._call(failures.LOOKING, key, lambda: self._fs.info(path))
-        except MissingObjectError:
-            self._check_bucket()
-            return False
-        self._bucket_seen = True
-        return bool(info["type"] == "file")
+        return self._size_of(key) is not None
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
         """List everything below; see :meth:`Objects.list`. The listing is complete before the first is yielded."""
         path = self._base + check_prefix(prefix)
         try:
@@ -182,7 +194,9 @@ class FilesystemObjects:
             # Some filesystems leave the leading slash out of what they list.
             name = info["name"] if info["name"].startswith(self._base[:1]) else f"/{info['name']}"
             if info["type"] == "file" and name.startswith(path) and not name.endswith("/"):
-                yield ObjectInfo(name[len(self._base) :], int(info["size"] or 0), _modified(info))
+                key = name[len(self._base) :]
+                if key > after:
+                    yield ObjectInfo(key, int(info["size"] or 0), _modified(info))
 
     def delete(self, keys: Sequence[str]) -> DeleteFailures:
         """Delete files, on S3 in batches, and directories that become empty; see :meth:`Objects.delete`."""
@@ -203,10 +217,15 @@ class FilesystemObjects:
                     self._fs.rmdir(self._base + directory)
         return left
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Flush local files; see :meth:`Objects.sync`. Of other filesystems nothing more can be asked."""
+    def confirm(self, sizes: Mapping[str, int]) -> None:
+        """List what was put, flush local files; see :meth:`Objects.confirm`.
+
+        Whether other filesystems than local ones have made it durable cannot be asked.
+        """
         if self._local is not None:
-            self._local.sync(keys)
+            self._local.confirm(sizes)
+        else:
+            check_arrivals(self.url, sizes, self.list, self._size_of, self.workers)
 
     def close(self) -> None:
         """Close the sessions of asynchronous filesystems, which would complain at the end of the program."""
@@ -218,7 +237,10 @@ class FilesystemObjects:
 
     def _pipe(self, path: str, content: bytes) -> None:
         try:
-            self._fs.pipe_file(path, content, **self._put_limit)
+            if self._deadlines is None:
+                self._fs.pipe_file(path, content)
+            else:
+                self._deadlines.run(len(content), lambda limit: self._fs.pipe_file(path, content, timeout=limit))
         except FileNotFoundError:
             if self._protocol in _BUCKETS:
                 # Making directories there could make the bucket.
@@ -253,6 +275,17 @@ class FilesystemObjects:
             )
         return left
 
+    def _size_of(self, key: str) -> int | None:
+        path = self._path(key)
+        try:
+            # Not `fs.exists`: that is true of directories, and of prefixes whose last object is gone.
+            info = self._call(failures.LOOKING, key, lambda: self._fs.info(path))
+        except MissingObjectError:
+            self._check_bucket()
+            return None
+        self._bucket_seen = True
+        return int(info["size"] or 0) if info["type"] == "file" else None
+
     def _delete_one(self, path: str) -> TailorError | None:
         try:
             self._call("deleting", path[len(self._base) :], lambda: self._fs.rm_file(path))
@@ -279,7 +312,7 @@ class FilesystemObjects:
         except TailorError:
             raise
         except Exception as error:  # noqa: BLE001 - filesystems raise whatever they like
-            failure = failures.from_transport(error, doing, self.url, key, self._scrubber)
+            failure = failures.from_transport(error, doing, self.url, key, self._scrubber, self._endpoint)
             cause = self._scrubber.cause(error)
         # Outside of the handler, so that the library's error is not kept as context.
         raise failure from cause
@@ -306,21 +339,16 @@ def _for_s3fs(options: Mapping[str, Any]) -> dict[str, Any]:
     region = os.environ.get("AWS_REGION")
     if region:
         client.setdefault("region_name", region)
-    endpoint = (
-        wanted.get("endpoint_url")
-        or client.get("endpoint_url")
-        or os.environ.get("AWS_ENDPOINT_URL_S3")
-        or os.environ.get("AWS_ENDPOINT_URL")
-    )
-    if endpoint:
+    if _endpoint_of(wanted) is not None:
         config["s3"] = {"addressing_style": "path", **config.get("s3", {})}
-    config.setdefault("connect_timeout", 5)
-    config.setdefault("read_timeout", 30)
-    config.setdefault("retries", {"total_max_attempts": 5, "mode": "standard"})
+    config.setdefault("connect_timeout", CONNECT_SECONDS)
+    config.setdefault("read_timeout", SILENCE_SECONDS)
+    config.setdefault("retries", {"total_max_attempts": 1, "mode": "standard"})
     return {**wanted, "client_kwargs": client, "config_kwargs": config}
 
 
-def _longest_put_seconds(config: Mapping[str, Any]) -> float:
-    retries = config["retries"]
-    attempts = retries.get("total_max_attempts") or retries.get("max_attempts", 4) + 1
-    return float(10 + _S3FS_RETRIES * attempts * (config["connect_timeout"] + config["read_timeout"]))
+def _endpoint_of(options: Mapping[str, Any]) -> str | None:
+    """Return the S3 server that is asked, where it is not Amazon's."""
+    client = options.get("client_kwargs") or {}
+    found = options.get("endpoint_url") or client.get("endpoint_url")
+    return found or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

@@ -7,28 +7,43 @@ one that the document means.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
 
-from tailorstore.domain.chunks import Chunk, chunks_of, grid_of
-from tailorstore.domain.errors import CorruptDocumentError, DigestMismatchError, FormatTooNewError, MissingObjectError
-from tailorstore.domain.names import version_prefix
+from tailorstore.domain.chunks import Chunk, chunks_of
+from tailorstore.domain.errors import (
+    CorruptDocumentError,
+    DigestMismatchError,
+    FormatTooNewError,
+    InvalidInputError,
+    MissingObjectError,
+)
+from tailorstore.domain.names import is_id, version_prefix
 from tailorstore.domain.records import ArrayRecord, ArraySpec, LayerDocument, LayerVersion
+from tailorstore.domain.skeleton import check_skeleton
 from tailorstore.storage import codecs
 from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
 from tailorstore.storage.documents import array_document, chunk_key, group_document, groups_above
 from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.layouts import check_apart, check_digest, check_record, record_from_json
 from tailorstore.storage.light import table_from_json, table_to_json
-from tailorstore.storage.transport import Memory, Objects, flat_parts, joined, size_in_bytes
+from tailorstore.storage.parsing import (
+    LAYER_BYTES,
+    check_writable,
+    number_or_none,
+    optional_text,
+    parse_object,
+    text,
+    whole_number,
+)
+from tailorstore.storage.transport import Memory, Objects, flat_parts, get_exactly, joined, size_in_bytes
 
 FORMAT = 1
 GROUP_DOCUMENT = "zarr.json"
 ATTRIBUTE = "tailorstore"
-MAX_DOCUMENT_BYTES = 256 << 20
-"""A document larger than this is not one of ours; reading stops before its JSON is parsed."""
 
 Hasher = xxhash.xxh3_128
 
@@ -134,10 +149,7 @@ def read_chunk(
         if record.spec.codec == "none":
             objects.read_into(key, target, hasher.update, size=size)
         else:
-            encoded = objects.get(key)
-            if len(encoded) != size:
-                msg = f"object {key} has {len(encoded)} bytes, not {size}"
-                raise MissingObjectError(msg)
+            encoded = get_exactly(objects, key, size)
             whole = target if isinstance(target, memoryview) else memoryview(bytearray(size_in_bytes(target)))
             _decode(record.spec, chunk, encoded, whole)
             hasher.update(whole)
@@ -179,42 +191,65 @@ class SealedLayer:
 
     version: LayerVersion
     document: LayerDocument
-    keys: tuple[str, ...]
-    """Keys of every object of the version."""
+    sizes: Mapping[str, int]
+    """Of every object of the version, in bytes, by key: first the chunks, then the documents."""
 
 
-def seal(objects: Objects, document: LayerDocument) -> SealedLayer:
+def seal(objects: Objects, document: LayerDocument, putting: Callable[[Iterable[str]], None]) -> SealedLayer:
     """Write a layer version's documents, once all its chunks are written, the group's own last.
+
+    Args:
+        objects: the root.
+        document: of the version.
+        putting: is told the keys of the documents before any is put.
 
     Raises:
         StorageUnavailableError, StorageFullError, AccessDeniedError: the version stays unsealed; GC sweeps it.
+        InvalidInputError: nobody could read what would be written: an array is larger than any, or the state beside
+            arrays is. The version stays unsealed.
     """
+    _check_sealable(document)
     prefix = version_prefix(document.layer, document.version_id)
     specs = {path: record.spec for path, record in document.arrays.items()}
     documents = {f"{group}/{GROUP_DOCUMENT}": group_document({}, {}) for group in groups_above(specs)}
     documents |= {f"{path}/{GROUP_DOCUMENT}": array_document(spec) for path, spec in specs.items()}
     document = replace(document, documents={key: chunk_digest(memoryview(data)) for key, data in documents.items()})
     digest = layer_digest(document)
-    documents[GROUP_DOCUMENT] = sealed(group_document({ATTRIBUTE: document_to_json(document, digest)}, specs))
-    stored = sum(objects.put(prefix + key, data) for key, data in documents.items())
-    chunk_keys = [
-        object_key(prefix, path, record.spec, chunk)
+    group = sealed(group_document({ATTRIBUTE: document_to_json(document, digest)}, specs))
+    documents[GROUP_DOCUMENT] = check_writable(group, LAYER_BYTES, f"the document of layer {document.layer!r}")
+    sizes = {
+        object_key(prefix, path, record.spec, chunk): record.sizes[chunk.number]
         for path, record in document.arrays.items()
         for chunk in chunks_of(record.spec.shape, record.spec.chunk_shape)
-    ]
+    }
+    putting(prefix + key for key in documents)
+    sizes |= {prefix + key: objects.put(prefix + key, data) for key, data in documents.items()}
     version = LayerVersion(
         layer=document.layer,
         version_id=document.version_id,
         step=document.step,
         digest=digest,
         bytes_logical=sum(size_of(dtype, shape) for dtype, shape in document.tensors.values()),
-        bytes_stored=stored + sum(sum(record.sizes) for record in document.arrays.values()),
-        objects=len(documents) + len(chunk_keys),
+        bytes_stored=sum(sizes.values()),
+        objects=len(sizes),
         fidelity=document.fidelity,
         base_id=document.base_id,
         error=document.error,
     )
-    return SealedLayer(version, document, (*chunk_keys, *(prefix + key for key in documents)))
+    return SealedLayer(version, document, sizes)
+
+
+def _check_sealable(document: LayerDocument) -> None:
+    for record in document.arrays.values():
+        try:
+            check_record(record)
+        except (TypeError, ValueError) as error:
+            spec = record.spec
+            msg = (
+                f"array {record.path!r} of layer {document.layer!r}, {spec.dtype} of shape {spec.shape} in chunks of"
+                f" shape {spec.chunk_shape}, cannot be stored: no store has one of so many dimensions or bytes"
+            )
+            raise InvalidInputError(msg) from error
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
@@ -233,7 +268,7 @@ def load_document(objects: Objects, version: LayerVersion) -> LayerDocument:
     key = version_prefix(version.layer, version.version_id) + GROUP_DOCUMENT
     where = f"layer {version.layer!r} of step {version.step}"
     try:
-        document = parse_document(objects.get(key), key)
+        document = parse_document(objects.get(key, limit=LAYER_BYTES), key)
     except (MissingObjectError, CorruptDocumentError) as error:
         msg = f"{where}: {error}"
         raise type(error)(msg) from error
@@ -256,22 +291,18 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
         CorruptDocumentError: it is not valid.
         FormatTooNewError: a newer version of tailorstore wrote it.
     """
-    if len(raw) > MAX_DOCUMENT_BYTES:
-        msg = f"document {key} has {len(raw)} bytes, more than any document of a layer"
-        raise CorruptDocumentError(msg)
     try:
-        data = bytes(raw)
-        described = json.loads(data)["attributes"][ATTRIBUTE]
-        if described["format"] > FORMAT:
+        described = parse_object(raw)["attributes"][ATTRIBUTE]
+        if whole_number(described["format"]) > FORMAT:
             msg = (
                 f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
             )
             raise FormatTooNewError(msg)
-        if not is_whole(data):
+        if not is_whole(bytes(raw)):
             msg = f"document {key} is not what was written (its checksum differs); run 'tailorstore verify'"
             raise CorruptDocumentError(msg)
         return document_from_json(described)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
         raise CorruptDocumentError(msg) from error
 
@@ -282,21 +313,29 @@ def document_from_json(described: Mapping[str, Any]) -> LayerDocument:
     Raises:
         KeyError, TypeError, ValueError, AttributeError: it is not valid.
     """
-    arrays = {path: _record_from_json(path, entry) for path, entry in described["arrays"].items()}
-    content = described["content"]
-    if not isinstance(content, dict):
-        raise TypeError(described["layer"])
+    arrays = {path: record_from_json(path, entry) for path, entry in described["arrays"].items()}
+    check_apart(arrays)
+    documents = {key: check_digest(found) for key, found in described["documents"].items()}
+    if documents.keys() != {f"{path}/{GROUP_DOCUMENT}" for path in [*arrays, *groups_above(arrays)]}:
+        raise ValueError(list(documents))
+    light = None if described["light"] is None else table_from_json(described["light"], arrays)
+    fidelity, base_id = described["fidelity"], optional_text(described["base"])
+    if fidelity != ("full" if light is None else "light") or (base_id is None) != (light is None):
+        raise ValueError(fidelity)
+    if not all(map(is_id, filter(None, (text(described["version"]), base_id)))):
+        raise ValueError(base_id)
+    layer = text(described["layer"])
     return LayerDocument(
-        layer=described["layer"],
+        layer=layer,
         version_id=described["version"],
-        step=described["step"],
-        content=content,
+        step=whole_number(described["step"]),
+        content=check_skeleton(layer, described["content"], arrays if light is None else light.tensors),
         arrays=arrays,
-        fidelity=described["fidelity"],
-        base_id=described["base"],
-        documents={_text(key): _text(found) for key, found in described["documents"].items()},
-        light=None if described["light"] is None else table_from_json(described["light"], arrays),
-        error=described["error"],
+        fidelity=fidelity,
+        base_id=base_id,
+        documents=documents,
+        light=light,
+        error=number_or_none(described["error"]),
     )
 
 
@@ -330,34 +369,3 @@ def _record_to_json(record: ArrayRecord) -> dict[str, Any]:
         "digests": record.digests,
         "sizes": record.sizes,
     }
-
-
-def _record_from_json(path: str, entry: Mapping[str, Any]) -> ArrayRecord:
-    spec = ArraySpec(
-        str(entry["dtype"]), _extents(entry["shape"], 0), _extents(entry["chunk_shape"], 1), str(entry["codec"])
-    )
-    if len(spec.shape) != len(spec.chunk_shape) or spec.codec not in codecs.CODECS:
-        raise ValueError(path)
-    itemsize(spec.dtype)
-    digests, sizes = tuple(entry["digests"]), tuple(entry["sizes"])
-    count = 1
-    for extent in grid_of(spec.shape, spec.chunk_shape):
-        count *= extent
-    if not len(digests) == len(sizes) == count or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(path)
-    parts = path.split("/")
-    if not all(parts) or "." in parts or ".." in parts:
-        raise ValueError(path)
-    return ArrayRecord(path, spec, digests, sizes)
-
-
-def _extents(values: Any, least: int) -> tuple[int, ...]:  # noqa: ANN401
-    if not all(type(value) is int and value >= least for value in values):
-        raise ValueError(values)
-    return tuple(values)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value

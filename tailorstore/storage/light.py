@@ -11,6 +11,7 @@ from typing import Any
 from tailorstore.domain.light import BASED, BITS, CODINGS, Coding, LightTable, LightTensor
 from tailorstore.domain.records import ArrayRecord
 from tailorstore.storage.dtypes import itemsize
+from tailorstore.storage.layouts import check_path, check_shape
 from tailorstore.storage.quantise import packed_bytes, scale_words
 
 CODES = "@light/codes"
@@ -24,7 +25,6 @@ LOGARITHMIC: tuple[Coding, ...] = ("ratio", "log")
 CODED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Tensors of other dtypes are stored exactly."""
 
-_MOST_ELEMENTS = 1 << 60
 _BLOCKS = [1 << power for power in range(4, 13)]
 
 
@@ -63,6 +63,9 @@ def table_to_json(table: LightTable) -> dict[str, Any]:
 def table_from_json(described: Mapping[str, Any], arrays: Mapping[str, ArrayRecord]) -> LightTable:
     """Parse a table, and make sure that everything it speaks of lies within the version's arrays.
 
+    Each tensor has a place of its own there, and each rounded one a tensor of its own that it is the rounding of: so
+    tensors are in sum no larger than arrays of that size can hold.
+
     Raises:
         KeyError, TypeError, ValueError: it is not a table, or not one of these arrays.
     """
@@ -70,18 +73,33 @@ def table_from_json(described: Mapping[str, Any], arrays: Mapping[str, ArrayReco
     if type(block) is not int or block not in _BLOCKS:
         raise ValueError(block)
     table = LightTable(block, {path: _tensor(path, entry) for path, entry in described["tensors"].items()})
-    extents = {path: _extent(arrays, path) for path in (CODES, SCALES, EXACT)}
+    if not arrays.keys() <= {CODES, SCALES, EXACT}:
+        raise ValueError(list(arrays))
+    spans: dict[str, list[tuple[int, int]]] = {CODES: [], SCALES: [], EXACT: []}
+    masters = set()
     for tensor in table.tensors.values():
         where = EXACT if tensor.coding == "exact" else CODES
-        if tensor.codes_at + code_bytes(tensor, block) > extents[where]:
-            raise ValueError(tensor)
-        if tensor.scales_at + words_of(tensor, block) > extents[SCALES]:
-            raise ValueError(tensor)
-        if tensor.coding == "rounded":
-            source = table.tensors[tensor.of or ""]
-            if source.coding == "rounded" or source.shape != tensor.shape:
+        spans[where].append((tensor.codes_at, tensor.codes_at + code_bytes(tensor, block)))
+        spans[SCALES].append((tensor.scales_at, tensor.scales_at + words_of(tensor, block)))
+        if tensor.of is not None:
+            source = table.tensors[tensor.of]
+            if source.coding == "rounded" or source.shape != tensor.shape or tensor.of in masters:
                 raise ValueError(tensor)
+            masters.add(tensor.of)
+    for path, taken in spans.items():
+        if not _fit(taken, _extent(arrays, path)):
+            raise ValueError(path)
     return table
+
+
+def _fit(spans: list[tuple[int, int]], extent: int) -> bool:
+    """Tell whether spans lie side by side within an extent."""
+    end = 0
+    for low, high in sorted(span for span in spans if span[0] < span[1]):
+        if low < end:
+            return False
+        end = high
+    return end <= extent
 
 
 def _extent(arrays: Mapping[str, ArrayRecord], path: str) -> int:
@@ -95,7 +113,7 @@ def _extent(arrays: Mapping[str, ArrayRecord], path: str) -> int:
 
 def _tensor(path: str, entry: Any) -> LightTensor:  # noqa: ANN401
     dtype, shape, coding, bits, codes_at, scales_at, of, error = entry
-    itemsize(dtype)
+    check_path(path)
     numbers = [*shape, codes_at, scales_at]
     if coding not in CODINGS or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(path)
@@ -104,7 +122,7 @@ def _tensor(path: str, entry: Any) -> LightTensor:  # noqa: ANN401
         raise ValueError(path)
     if not (isinstance(of, str) if coding == "rounded" else of is None) or type(error) not in (int, float):
         raise TypeError(path)
-    # No tensor has as many elements, even where one of its extents is zero.
-    if not 0 <= error < math.inf or math.prod(extent or 1 for extent in shape) > _MOST_ELEMENTS:
+    check_shape(dtype, tuple(shape))
+    if not 0 <= error < math.inf:
         raise ValueError(path)
     return LightTensor(dtype, tuple(shape), coding, bits, codes_at, scales_at, of, float(error))

@@ -5,12 +5,13 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from tailorstore.storage import failures
+from tailorstore.storage.arrivals import not_arrived
 from tailorstore.storage.threads import map_in_threads
 from tailorstore.storage.transport import (
     DeleteFailure,
@@ -19,6 +20,7 @@ from tailorstore.storage.transport import (
     ObjectInfo,
     Observe,
     check_key,
+    check_limit,
     check_prefix,
     flat_bytes,
     flat_parts,
@@ -47,7 +49,10 @@ one. In memory a flush costs nothing and threads would only cost; so they start 
 """
 
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""No links are followed below a root, and nobody waits for the other end of a pipe that lies there."""
+_FOLDERS_KNOWN = 1 << 16
+"""How many directories are remembered as being none behind a link."""
 _MAKE_ATTEMPTS = 16
 """How often a directory is made anew when a concurrent delete takes it away as empty."""
 
@@ -67,10 +72,11 @@ class LocalObjects:
         self._base = self._root.rstrip("/") + "/"
         self.url = f"file://{self._root}"
         self.workers = min(16, max(4, os.cpu_count() or 1))
-        # Directories that the first put will make: their own entries must be made durable too.
+        # Directories whose entries lead to the root: also where others made them, who may have died before a flush.
         self._unsynced: list[str] = []
+        self._plain: set[str] = set()
         above = self._root
-        while not os.path.isdir(above) and above != os.path.dirname(above):
+        while not os.path.ismount(above):
             above = os.path.dirname(above)
             self._unsynced.append(above)
 
@@ -87,12 +93,14 @@ class LocalObjects:
             failures.raise_os_error(error, "writing", self.url, key)
         return sum(part.nbytes for part in parts)
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, *, limit: int | None = None) -> memoryview:
         """Read a file; see :meth:`Objects.get`."""
         try:
             descriptor = os.open(self._path(key), _READ)
             try:
-                target = memoryview(bytearray(self._size(descriptor)))
+                size = self._size(descriptor)
+                check_limit(self.url, key, size, limit)
+                target = memoryview(bytearray(size))
                 filled = self._fill(descriptor, target, None)
             finally:
                 os.close(descriptor)
@@ -135,27 +143,30 @@ class LocalObjects:
             except OSError:
                 _unlink_quietly(beside)
                 raise
-            self.sync([key])
+            self.confirm({key: flat_bytes(data).nbytes})
         except OSError as error:
             failures.raise_os_error(error, "replacing", self.url, key)
 
     def exists(self, key: str) -> bool:
         """Tell whether there is a file; see :meth:`Objects.exists`."""
         try:
-            return stat.S_ISREG(os.stat(self._path(key)).st_mode)
+            return stat.S_ISREG(os.lstat(self._path(key)).st_mode)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return False
             failures.raise_os_error(error, failures.LOOKING, self.url, key)
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
         """Walk the directories; see :meth:`Objects.list`."""
         pending = [check_prefix(prefix)]
         while pending:
             directory = pending.pop()
             try:
+                self._refuse_links(directory[:-1])
                 with os.scandir(self._base + directory) as entries:
-                    found = [info for entry in entries if (info := _describe(entry, directory, pending)) is not None]
+                    # Looking at a file costs a system call; of a hundred thousand most are left out by their names.
+                    due = [one for one in entries if directory + one.name > after or one.is_dir(follow_symlinks=False)]
+                    found = [info for entry in due if (info := _describe(entry, directory, pending)) is not None]
             except FileNotFoundError:
                 continue  # deleted meanwhile, or never there
             except OSError as error:
@@ -166,14 +177,18 @@ class LocalObjects:
         """Unlink files and the directories that they leave empty; see :meth:`Objects.delete`."""
         left: list[DeleteFailure] = []
         for key in keys:
-            path = self._path(key)
             try:
-                os.unlink(path)
+                os.unlink(self._path(key))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 left.append(DeleteFailure(key, error.strerror or type(error).__name__))
         self.prune(keys)
+        try:
+            # What was deleted must not come back after a loss of power: a manifest whose layers went next would.
+            _flush_all(_fsync_if_there, [self._base, *(self._base + directory for directory in parents_of(keys))])
+        except OSError as error:
+            failures.raise_os_error(error, "flushing", self.url, "")
         return left
 
     def prune(self, keys: Iterable[str]) -> None:
@@ -184,15 +199,26 @@ class LocalObjects:
             with contextlib.suppress(OSError):
                 os.rmdir(self._base + directory)
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Flush files, then every directory on the way up to the root; see :meth:`Objects.sync`."""
-        keys = list(keys)
-        files = [self._path(key) for key in keys]
-        directories = [self._base + directory for directory in parents_of(keys)]
-        above = [self._root, *self._unsynced]
+    def confirm(self, sizes: Mapping[str, int]) -> None:
+        """Flush files, then every directory on the way up to the root; see :meth:`Objects.confirm`."""
+        wrong: dict[str, tuple[int | None, int]] = {}
+
+        def flush(key: str) -> None:
+            try:
+                found = _fsync(self._path(key))
+            except FileNotFoundError:
+                found = None
+            if found != sizes[key]:
+                wrong[key] = found, sizes[key]
+
+        directories = [self._base + directory for directory in parents_of(sizes)]
+        # With a slash, as these may be links: the root is wherever its owner says.
+        above = [f"{directory}/" for directory in (self._root, *self._unsynced)]
         try:
             # Files before directories, so that no name ever outlives a crash without its bytes.
-            _flush_all(_fsync, files)
+            _flush_all(flush, list(sizes))
+            if wrong:
+                raise not_arrived(self.url, wrong)
             _flush_all(_fsync_directory, [*directories, *above])
         except OSError as error:
             failures.raise_os_error(error, "flushing", self.url, "")
@@ -202,7 +228,30 @@ class LocalObjects:
         """Nothing is held open."""
 
     def _path(self, key: str) -> str:
-        return self._base + check_key(key)
+        path = self._base + check_key(key)
+        self._refuse_links(os.path.dirname(key))
+        return path
+
+    def _refuse_links(self, directory: str) -> None:
+        """Make sure that a directory below the root lies below it: the root of a stranger may hold links to anywhere.
+
+        Raises:
+            OSError: a part of the way is a symbolic link (ELOOP).
+        """
+        unseen = []
+        while directory and directory not in self._plain:
+            unseen.append(directory)
+            directory = os.path.dirname(directory)
+        for one in reversed(unseen):
+            try:
+                linked = stat.S_ISLNK(os.lstat(self._base + one).st_mode)
+            except FileNotFoundError:
+                return  # what makes it will make a directory
+            if linked:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if len(self._plain) >= _FOLDERS_KNOWN:
+                self._plain.clear()
+            self._plain.add(one)
 
     @staticmethod
     def _size(descriptor: int) -> int:
@@ -247,7 +296,9 @@ class LocalObjects:
             try:
                 return os.open(path, _WRITE, 0o666)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                # The delete may also take away the one above, between two steps of this.
+                with contextlib.suppress(FileNotFoundError):
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
         return os.open(path, _WRITE, 0o666)
 
 
@@ -278,12 +329,19 @@ def _describe(entry: "os.DirEntry[str]", directory: str, pending: "list[str]") -
         if entry.is_dir(follow_symlinks=False):
             pending.append(f"{directory}{entry.name}/")
             return None
-        status = entry.stat()
+        status = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return ObjectInfo(directory + entry.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+    return ObjectInfo(directory + entry.name, status.st_size, _time_of(status))
+
+
+def _time_of(status: os.stat_result) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(status.st_mtime, UTC)
+    except (ValueError, OverflowError, OSError):
+        return None  # a time that no calendar has
 
 
 def _unlink_quietly(path: str) -> None:
@@ -300,12 +358,22 @@ def _flush_all(flush: Callable[[str], None], paths: Sequence[str]) -> None:
         flush(path)
 
 
-def _fsync(path: str) -> None:
+def _fsync(path: str) -> int:
+    """Flush a file, or a directory's entries, and return its size in bytes."""
     descriptor = os.open(path, _READ)
     try:
         os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
+
+
+def _fsync_if_there(path: str) -> None:
+    try:
+        _fsync_directory(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
 
 
 def _fsync_directory(path: str) -> None:

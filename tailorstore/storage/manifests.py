@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
-from typing import Any, TypeVar
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from tailorstore.domain.errors import (
+    BadNameError,
     CorruptDocumentError,
     FormatTooNewError,
     InvalidInputError,
@@ -14,10 +17,12 @@ from tailorstore.domain.errors import (
     NotAStoreError,
     TailorError,
 )
+from tailorstore.domain.lines import LineRun
 from tailorstore.domain.names import (
     COMMITS_PREFIX,
     REFS_PREFIX,
     ROOT_DOCUMENT,
+    check_name,
     is_id,
     manifest_key,
     ref_record_key,
@@ -32,11 +37,28 @@ from tailorstore.domain.records import (
     RefRecord,
 )
 from tailorstore.storage.checksums import BLANK, CHECKSUM, is_whole, sealed
+from tailorstore.storage.parsing import (
+    BINDING_BYTES,
+    MANIFEST_BYTES,
+    RECORD_BYTES,
+    check_writable,
+    number_or_none,
+    optional_text,
+    parse_object,
+    text,
+    whole_number,
+)
 from tailorstore.storage.transport import Objects
 
 FORMAT = 1
-_MAX_BYTES = 64 << 20
 _ABOUT = "A tailorstore root. Objects are immutable; delete them only with 'tailorstore gc'."
+
+_DIGEST = re.compile(r"xxh3-128:[0-9a-f]{32}")
+_OWNER = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MOST_BYTES = 1 << 50
+"""Of one layer version, and of all that one commit stands for: catalogs add them up."""
+_MOST_OBJECTS = 2**31 - 1
+_MOST_EPOCHS = 2**53
 
 Record = TypeVar("Record")
 
@@ -49,10 +71,7 @@ def read_binding(objects: Objects) -> Binding | None:
         FormatTooNewError: a newer version of tailorstore made it.
     """
     try:
-        raw = objects.get(ROOT_DOCUMENT)
-    except MissingObjectError:
-        return None
-    try:
+        raw = objects.get(ROOT_DOCUMENT, limit=BINDING_BYTES)
         described = _parse(raw)
         if described["format"] > FORMAT:
             msg = (
@@ -62,8 +81,13 @@ def read_binding(objects: Objects) -> Binding | None:
             raise FormatTooNewError(msg)
         _check_whole(raw)
         return _binding_from_json(described)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        msg = f"{objects.url} is not a store: its {ROOT_DOCUMENT} is not a tailorstore document; choose another root"
+    except MissingObjectError:
+        return None
+    except (CorruptDocumentError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = (
+            f"the {ROOT_DOCUMENT} of {objects.url} is not a tailorstore document, or is damaged: 'tailorstore rebuild'"
+            " writes that of a store with commits anew; else choose another root"
+        )
         raise NotAStoreError(msg) from error
 
 
@@ -77,13 +101,16 @@ def write_binding(objects: Objects, binding: Binding, *, replace: bool) -> None:
     objects.replace(ROOT_DOCUMENT, data, exclusive=not replace)
 
 
-def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
+def write_manifest(objects: Objects, manifest: CommitManifest, *, replace: bool = False) -> str:
     """Write a commit's manifest, durably, and return its key. It is written before the commit is published.
+
+    ``replace`` puts it over one that is damaged.
 
     Numbers among the measures that are not finite are written as unknown.
 
     Raises:
-        InvalidInputError: its bases are not those of its light versions: nobody could read it. Nothing was written.
+        InvalidInputError: its bases are not those of its light versions, it has no lines, or it is larger than any:
+            nobody could read it. Nothing was written.
     """
     commit = manifest.commit
     wrong = _wrong_base(manifest.versions, manifest.bases)
@@ -92,6 +119,9 @@ def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
             f"the manifest of commit {commit.id}, step {commit.step} on {commit.branch!r}, does not describe the base "
             f"of layer {wrong!r}: a light version needs the full one that it is a difference to, and no other has one"
         )
+        raise InvalidInputError(msg)
+    if not manifest.lines:
+        msg = f"the manifest of commit {commit.id}, step {commit.step} on {commit.branch!r}, does not say on which line"
         raise InvalidInputError(msg)
     key = manifest_key(commit.id)
     described = {
@@ -109,17 +139,25 @@ def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
             "bytes_written": commit.bytes_written,
             "bytes_logical": commit.bytes_logical,
         },
+        "lines": [{"line": run.line, "until": run.until} for run in manifest.lines],
         "layers": {name: _version_to_json(version) for name, version in manifest.versions.items()},
         "bases": {name: _version_to_json(version) for name, version in manifest.bases.items()},
         "measures": {name: _measures_to_json(measured) for name, measured in manifest.measures.items()},
     }
-    objects.put(key, _dump(described))
-    objects.sync([key])
+    data = check_writable(_dump(described), MANIFEST_BYTES, f"the manifest of commit {commit.id}, step {commit.step},")
+    if replace:
+        objects.replace(key, data)
+    else:
+        objects.confirm({key: objects.put(key, data)})
     return key
 
 
 def write_ref_record(objects: Objects, record: RefRecord) -> str:
-    """Write where a tag or branch points from now on, durably, and return its key."""
+    """Write where a tag or branch points from now on, durably, and return its key.
+
+    At once as a whole, where the storage can: a record that cannot be read then is damaged, and never the leftover of a
+    process that died, which could be deleted without another thought. One that is there is replaced.
+    """
     key = ref_record_key(record.id)
     described = {
         "format": FORMAT,
@@ -128,8 +166,9 @@ def write_ref_record(objects: Objects, record: RefRecord) -> str:
         "commit": record.commit,
         "created_at": record.created_at.isoformat(),
     }
-    objects.put(key, _dump(described))
-    objects.sync([key])
+    data = _dump(described)
+    objects.replace(key, data)
+    objects.confirm({key: len(data)})
     return key
 
 
@@ -140,17 +179,18 @@ def read_manifest(objects: Objects, commit_id: str) -> CommitManifest:
         MissingObjectError: it is gone.
         CorruptDocumentError, FormatTooNewError: it cannot be understood.
     """
-    return _read(objects, manifest_key(commit_id), _manifest_from_json)
+    return _read(objects, manifest_key(commit_id), MANIFEST_BYTES, _manifest_from_json)
 
 
 def read_ref_record(objects: Objects, record_id: str) -> RefRecord:
     """Read a tag's or branch's record; raises as :func:`read_manifest` does."""
-    return _read(objects, ref_record_key(record_id), _ref_record_from_json)
+    build = partial(_ref_record_from_json, record_id)
+    return _read(objects, ref_record_key(record_id), RECORD_BYTES, build)
 
 
-def manifest_ids(objects: Objects) -> Iterator[str]:
-    """Yield the ids of all commits that have a manifest."""
-    yield from _ids(objects, COMMITS_PREFIX)
+def manifest_ids(objects: Objects, *, after: str = "") -> Iterator[str]:
+    """Yield the ids of all commits that have a manifest, or of those whose manifests' keys sort behind ``after``."""
+    yield from _ids(objects, COMMITS_PREFIX, after)
 
 
 def ref_record_ids(objects: Objects) -> Iterator[str]:
@@ -158,15 +198,15 @@ def ref_record_ids(objects: Objects) -> Iterator[str]:
     yield from _ids(objects, REFS_PREFIX)
 
 
-def _ids(objects: Objects, prefix: str) -> Iterator[str]:
-    for info in objects.list(prefix):
+def _ids(objects: Objects, prefix: str, after: str = "") -> Iterator[str]:
+    for info in objects.list(prefix, after=after):
         name = info.key.removeprefix(prefix).removesuffix(".json")
         if is_id(name):
             yield name
 
 
-def _read(objects: Objects, key: str, build: Callable[[dict[str, Any]], Record]) -> Record:
-    raw = objects.get(key)
+def _read(objects: Objects, key: str, limit: int, build: Callable[[dict[str, Any]], Record]) -> Record:
+    raw = objects.get(key, limit=limit)
     try:
         described = _parse(raw)
         if described["format"] > FORMAT:
@@ -182,11 +222,8 @@ def _read(objects: Objects, key: str, build: Callable[[dict[str, Any]], Record])
 
 
 def _parse(raw: memoryview) -> dict[str, Any]:
-    if len(raw) > _MAX_BYTES:
-        raise ValueError(len(raw))
-    described = json.loads(bytes(raw))
-    if not isinstance(described, dict) or type(described["format"]) is not int:
-        raise TypeError(described)
+    described = parse_object(raw)
+    whole_number(described["format"])
     return described
 
 
@@ -206,7 +243,10 @@ def _binding_to_json(binding: Binding) -> dict[str, Any]:
 
 
 def _binding_from_json(described: dict[str, Any]) -> Binding:
-    return Binding(_text(described["store_id"]), _text(described["catalog_id"]), _count(described["epoch"]))
+    store_id, catalog_id = text(described["store_id"]), text(described["catalog_id"])
+    if not _OWNER.fullmatch(store_id) or not _OWNER.fullmatch(catalog_id):
+        raise ValueError(store_id)
+    return Binding(store_id, catalog_id, _at_most(_MOST_EPOCHS, described["epoch"]))
 
 
 def _version_to_json(version: LayerVersion) -> dict[str, Any]:
@@ -230,24 +270,26 @@ def _measures_to_json(measured: LayerMeasures) -> dict[str, Any]:
 def _version_from_json(layer: str, described: dict[str, Any]) -> LayerVersion:
     if described["fidelity"] not in ("full", "light") or not is_id(described["version"]):
         raise ValueError(layer)
+    if not _DIGEST.fullmatch(described["digest"]):
+        raise ValueError(described["digest"])
     return LayerVersion(
         layer=layer,
         version_id=described["version"],
-        step=_count(described["step"]),
-        digest=_text(described["digest"]),
-        bytes_logical=_count(described["bytes_logical"]),
-        bytes_stored=_count(described["bytes_stored"]),
-        objects=_count(described["objects"]),
+        step=whole_number(described["step"]),
+        digest=described["digest"],
+        bytes_logical=_at_most(_MOST_BYTES, described["bytes_logical"]),
+        bytes_stored=_at_most(_MOST_BYTES, described["bytes_stored"]),
+        objects=_at_most(_MOST_OBJECTS, described["objects"]),
         fidelity=described["fidelity"],
-        base_id=described["base"],
-        error=_number_or_none(described["error"]),
+        base_id=optional_text(described["base"]),
+        error=number_or_none(described["error"]),
     )
 
 
 def _measures_from_json(described: dict[str, Any]) -> LayerMeasures:
     if type(described["finite"]) is not bool:
         raise TypeError(described["finite"])
-    return LayerMeasures(**{name: _number_or_none(described[name]) for name in MEASURES}, finite=described["finite"])
+    return LayerMeasures(**{name: number_or_none(described[name]) for name in MEASURES}, finite=described["finite"])
 
 
 def _wrong_base(versions: Mapping[str, LayerVersion], bases: Mapping[str, LayerVersion]) -> str | None:
@@ -266,19 +308,19 @@ def _wrong_base(versions: Mapping[str, LayerVersion], bases: Mapping[str, LayerV
 
 def _manifest_from_json(described: dict[str, Any]) -> CommitManifest:
     entry = described["commit"]
-    if not is_id(entry["id"]):
+    if not all(map(is_id, filter(None, (text(entry["id"]), optional_text(entry["parent"]))))):
         raise ValueError(entry["id"])
     commit = Commit(
         id=entry["id"],
-        step=_count(entry["step"]),
-        branch=_text(entry["branch"]),
+        step=whole_number(entry["step"]),
+        branch=_name("branch", entry["branch"]),
         parent=entry["parent"],
         created_at=_time(entry["created_at"]),
-        message=entry["message"],
-        metrics={_text(name): float(value) for name, value in entry["metrics"].items()},
-        layers_written=tuple(_text(name) for name in entry["layers_written"]),
-        bytes_written=_count(entry["bytes_written"]),
-        bytes_logical=_count(entry["bytes_logical"]),
+        message=optional_text(entry["message"]),
+        metrics={name: float(text(value)) for name, value in entry["metrics"].items()},
+        layers_written=tuple(text(name) for name in entry["layers_written"]),
+        bytes_written=_at_most(_MOST_BYTES, entry["bytes_written"]),
+        bytes_logical=_at_most(_MOST_BYTES, entry["bytes_logical"]),
     )
     versions = {name: _version_from_json(name, version) for name, version in described["layers"].items()}
     bases = {name: _version_from_json(name, version) for name, version in described["bases"].items()}
@@ -286,18 +328,32 @@ def _manifest_from_json(described: dict[str, Any]) -> CommitManifest:
     if wrong is not None:
         raise ValueError(wrong)
     measures = {name: _measures_from_json(measured) for name, measured in described["measures"].items()}
-    return CommitManifest(_binding_from_json(described["binding"]), commit, versions, bases, measures)
+    lines = _lines_from_json(described["lines"])
+    return CommitManifest(_binding_from_json(described["binding"]), commit, versions, bases, measures, lines)
 
 
-def _ref_record_from_json(described: dict[str, Any]) -> RefRecord:
+def _lines_from_json(described: list[dict[str, Any]]) -> tuple[LineRun, ...]:
+    newest, *older = (LineRun(text(run["line"]), run["until"]) for run in described)
+    bounds = [whole_number(run.until) for run in older]
+    if newest.until is not None or not all(map(is_id, {newest.line, *(run.line for run in older)})):
+        raise ValueError(newest.line)
+    # Each forked off before the one that forked off it.
+    if len({newest.line, *(run.line for run in older)}) != len(described) or bounds != sorted(bounds, reverse=True):
+        raise ValueError(bounds)
+    return (newest, *older)
+
+
+def _ref_record_from_json(record_id: str, described: dict[str, Any]) -> RefRecord:
     if described["kind"] not in ("tag", "branch"):
         raise ValueError(described["kind"])
-    target = described["commit"]
+    target = optional_text(described["commit"])
+    if target is not None and not is_id(target):
+        raise ValueError(target)
     return RefRecord(
-        id="",
+        id=record_id,
         kind=described["kind"],
-        name=_text(described["name"]),
-        commit=None if target is None else _text(target),
+        name=_name(described["kind"], described["name"]),
+        commit=target,
         created_at=_time(described["created_at"]),
     )
 
@@ -306,29 +362,22 @@ def _time(value: str) -> datetime:
     moment = datetime.fromisoformat(value)
     if moment.tzinfo is None:
         raise ValueError(value)
-    return moment
+    return moment.astimezone(UTC)
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
+def _name(kind: Literal["branch", "tag"], value: object) -> str:
+    try:
+        return check_name(kind, text(value))
+    except BadNameError as error:
+        raise ValueError(value) from error
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(value)
-    return value
+def _at_most(most: int, value: object) -> int:
+    number = whole_number(value)
+    if number > most:
+        raise ValueError(number)
+    return number
 
 
 def _finite_or_none(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _number_or_none(value: object) -> float | None:
-    if value is None:
-        return None
-    # JSON's 1e999 is infinite to Python.
-    if type(value) is not float or not math.isfinite(value):
-        raise TypeError(value)
-    return value

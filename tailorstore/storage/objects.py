@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tailorstore.domain.errors import InvalidInputError
+from tailorstore.storage.retrying import Patience, Retrying
+from tailorstore.storage.timeouts import configured_attempts
 from tailorstore.storage.transport import DeleteFailure, ObjectInfo, Objects, Observe
 from tailorstore.storage.urls import normalise_url, printable_url, split_url
 
@@ -19,7 +21,9 @@ TRANSPORTS = (None, "obstore", "fsspec")
 def open_objects(
     url: "str | os.PathLike[str]", storage_options: Mapping[str, Any] | None = None, transport: str | None = None
 ) -> Objects:
-    """Return the transport for a root. Nothing is read or created yet.
+    """Return the transport for a root; all but plain local files are asked again where they do not answer.
+
+    Nothing is read or created yet.
 
     Args:
         url: anything that :func:`normalise_url` takes.
@@ -41,6 +45,10 @@ def open_objects(
         from tailorstore.storage.local import LocalObjects
 
         return LocalObjects(rest)
+    return Retrying(_open_remote(root, protocol, options, transport), _patience(options))
+
+
+def _open_remote(root: str, protocol: str, options: Mapping[str, Any], transport: str | None) -> Objects:
     # Each library is imported only by those who use it: a local store opens without either.
     if transport == "obstore" or (transport is None and protocol in _CLOUDS):
         from tailorstore.storage.cloud import open_cloud
@@ -49,3 +57,8 @@ def open_objects(
     from tailorstore.storage.filesystem import open_filesystem
 
     return open_filesystem(root, options)
+
+
+def _patience(options: Mapping[str, Any]) -> Patience:
+    config = options.get("config_kwargs")
+    return Patience(attempts=configured_attempts(config)) if isinstance(config, Mapping) else Patience()

@@ -20,7 +20,8 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> None:
     """Run jobs, and the jobs they return, on several threads; the calling thread is one of them.
 
     Raises:
-        BaseException: the first error of any job. Jobs that run then are finished, all others dropped.
+        BaseException: the first error of any job. Jobs that run then are finished, all others dropped; no interrupt
+            of the calling thread makes it return before that.
     """
     heap = _Heap(jobs)
     helpers = [threading.Thread(target=heap.work, name=f"tailorstore-{number}") for number in range(1, workers)]
@@ -34,8 +35,9 @@ def run_jobs(jobs: Iterable[Job], workers: int) -> None:
         heap.fail(error)
         raise
     finally:
-        for helper in started:
-            helper.join()
+        heap.settle()
+    for helper in started:
+        helper.join()
     if heap.error is not None:
         raise heap.error
 
@@ -62,7 +64,8 @@ class _Heap:
     def __init__(self, jobs: Iterable[Job]) -> None:
         self.waiting = deque(jobs)
         self.error: BaseException | None = None
-        self._running = 0
+        self._busy: set[int] = set()
+        """Threads that are at a job."""
         self._changed = threading.Condition()
 
     def work(self) -> None:
@@ -80,22 +83,42 @@ class _Heap:
             self.waiting.clear()
             self._changed.notify_all()
 
+    def settle(self) -> None:
+        """Wait until no other thread is at a job; an interrupt of this one is raised only then.
+
+        What helpers write must not come after whoever cleans up has begun. Joining them would not do: in CPython an
+        interrupted ``join`` takes a thread for ended that still runs.
+        """
+        interrupt: BaseException | None = None
+        settled = False
+        while not settled:
+            try:
+                with self._changed:
+                    # An interrupt may have kept this thread from saying so itself.
+                    self._busy.discard(threading.get_ident())
+                    self._changed.wait_for(lambda: not self._busy)
+                settled = True
+            except BaseException as error:  # noqa: BLE001 - raised below
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
     def _take(self) -> Job | None:
         with self._changed:
-            while not self.waiting and self._running and self.error is None:
+            while not self.waiting and self._busy and self.error is None:
                 self._changed.wait()
             if not self.waiting:
                 return None
-            self._running += 1
+            self._busy.add(threading.get_ident())
             return self.waiting.popleft()
 
     def _done(self, more: Iterable[Job] | None) -> None:
         with self._changed:
-            self._running -= 1
+            self._busy.discard(threading.get_ident())
             if more is not None and self.error is None:
                 # First what was begun: else every job's intermediate results would be in memory at once.
                 self.waiting.extendleft(reversed(list(more)))
-            if self.waiting or not self._running:
+            if self.waiting or not self._busy:
                 self._changed.notify_all()
 
 

@@ -1,11 +1,11 @@
 """The contract between the store and the place where its bytes lie. Standard library and domain only."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol, cast
 
-from tailorstore.domain.errors import InvalidInputError, MissingObjectError
+from tailorstore.domain.errors import CorruptDocumentError, InvalidInputError, MissingObjectError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -80,11 +80,16 @@ class Objects(Protocol):
         """
         ...
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, *, limit: int | None = None) -> memoryview:
         """Return an object's bytes.
+
+        Args:
+            key: the object.
+            limit: how many bytes it may have; a larger one is refused before it is read into memory.
 
         Raises:
             MissingObjectError: there is no such object.
+            CorruptDocumentError: it has more bytes than ``limit``.
         """
         ...
 
@@ -125,24 +130,34 @@ class Objects(Protocol):
         """Tell whether there is an object of that key. Directories are no objects."""
         ...
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
         """Yield every object below ``prefix``, in no particular order, page by page.
 
         Args:
             prefix: empty, or whole components ending in ``/``.
+            after: only keys that sort behind it. Object stores spared the others; elsewhere they are left out here.
         """
         ...
 
     def delete(self, keys: Sequence[str]) -> DeleteFailures:
-        """Delete objects, in batches where the storage can; missing ones are no failure.
+        """Delete objects, in batches where the storage can; missing ones are no failure. No loss of power undoes it.
 
         Returns:
             The keys that are still there, with reasons. Only what concerns the whole root is raised.
         """
         ...
 
-    def sync(self, keys: Iterable[str]) -> None:
-        """Make objects that were put survive a loss of power. Object stores do so by themselves."""
+    def confirm(self, sizes: Mapping[str, int]) -> None:
+        """Make objects that were put survive a loss of power, and make sure that each has arrived whole.
+
+        Storage is asked, whatever it answered to the puts. Object stores make durable by themselves what they take.
+
+        Args:
+            sizes: how many bytes each object must have, by key.
+
+        Raises:
+            StorageUnavailableError: an object is missing, short or long; nothing that needs it may be published.
+        """
         ...
 
     def close(self) -> None:
@@ -209,6 +224,21 @@ def joined(data: "Buffer | Sequence[memoryview]") -> memoryview:
     return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
 
 
+def get_exactly(objects: Objects, key: str, size: int) -> memoryview:
+    """Return an object's bytes if it has ``size`` of them.
+
+    Raises:
+        MissingObjectError: there is no such object, or it is shorter or longer; a longer one is not read.
+    """
+    try:
+        found = objects.get(key, limit=size)
+    except CorruptDocumentError as error:
+        raise MissingObjectError(str(error)) from error
+    if found.nbytes != size:
+        raise wrong_size(objects.url, key, found.nbytes, size)
+    return found
+
+
 def size_in_bytes(target: Memory) -> int:
     """Return how many bytes one buffer or several take."""
     return target.nbytes if isinstance(target, memoryview) else sum(part.nbytes for part in target)
@@ -219,3 +249,14 @@ def wrong_size(root: str, key: str, found: int, expected: int) -> MissingObjectE
     how = "is short" if found < expected else "is long"
     msg = f"object {key} in {root} {how}: it has {found} bytes, not {expected}; run 'tailorstore verify'"
     return MissingObjectError(msg)
+
+
+def check_limit(root: str, key: str, found: int, limit: int | None) -> None:
+    """Refuse an object that is larger than it may be.
+
+    Raises:
+        CorruptDocumentError: ``found`` is more than ``limit``, in bytes.
+    """
+    if limit is not None and found > limit:
+        msg = f"object {key} in {root} has {found} bytes and may have {limit} at most; run 'tailorstore verify'"
+        raise CorruptDocumentError(msg)

@@ -23,6 +23,7 @@ from tailorstore.storage.documents import (
     groups_above,
 )
 from tailorstore.storage.dtypes import itemsize, register
+from tailorstore.storage.transport import get_exactly
 
 if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
@@ -221,10 +222,7 @@ class CompositeStore(Store):
         key = f"{prefix}/{chunk_key(spec, chunk.index)}"
         size = record.sizes[chunk.number]
         try:
-            stored = self._objects.get(key)
-            if stored.nbytes != size:
-                msg = f"object {key} in {self._objects.url} has {stored.nbytes} bytes, not {size}"
-                raise MissingObjectError(msg)
+            stored = get_exactly(self._objects, key, size)
             elements = stored
             if spec.codec != "none":
                 elements = memoryview(bytearray(chunk.capacity * itemsize(spec.dtype)))

@@ -54,7 +54,8 @@ def test_an_unknown_database_is_unavailable(postgres_server: PostgresServer) -> 
         Catalog.open(postgres_server.url("nowhere"))
 
 
-def test_a_server_that_is_not_there_is_unavailable() -> None:
+def test_a_server_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     url = f"postgresql://ts:s3cr3t@127.0.0.1:{port}/x"
@@ -243,7 +244,8 @@ def test_a_folder_without_write_permission_is_told(open_folder: Path) -> None:
 
 
 def test_a_locked_file_is_reported_after_a_while(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tailorstore.catalog.database.LOCK_SECONDS", 0.2)
+    for module in ("database", "sqlite"):
+        monkeypatch.setattr(f"tailorstore.catalog.{module}.LOCK_SECONDS", 0.2)
     catalog = Catalog.open(f"sqlite:///{tmp_path}/catalog.db")
     store = catalog.register("store-1", "file:///x", 1)
     commit(store, 1)
@@ -322,32 +324,6 @@ def test_a_transaction_that_is_cut_is_run_again(postgres_url: str) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("repeatable", [True, False])
-def test_a_lost_reply_to_the_commit_is_repeated_only_where_that_is_safe(postgres_url: str, repeatable: bool) -> None:
-    Catalog.open(postgres_url).close()
-    database = Database(parse_url(postgres_url))
-    runs: list[int] = []
-
-    def work(connection: Connection) -> int:
-        runs.append(1)
-        if len(runs) == 1:
-            # The commit that follows finds the session gone, as when the server answers no more.
-            kick_everybody(postgres_url)
-        return len(runs)
-
-    with database._engine.connect():
-        pass
-    if repeatable:
-        assert database.write(lambda connection: (connection.execute(text("SELECT 1")), work(connection))[1]) == 2
-    else:
-        with pytest.raises(CatalogUnavailableError, match="look whether it took effect"):
-            database.write(
-                lambda connection: (connection.execute(text("SELECT 1")), work(connection))[1], repeatable=False
-            )
-        assert len(runs) == 1
-    database.close()
-
-
 def _child(store: StoreCatalog, results: "multiprocessing.Queue[list[int]]") -> None:
     commit(store, 2)
     results.put(steps(store))
@@ -378,20 +354,6 @@ def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
         assert at(store, "latest").commit.step == 1
         holder.execute("ROLLBACK")
     catalog.close()
-
-
-def test_a_damaged_file_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "catalog.db"
-    catalog = Catalog.open(f"sqlite:///{path}")
-    store = catalog.register("store-1", "file:///x", 1)
-    for step in range(20):
-        commit(store, step)
-    catalog.close()
-    content = bytearray(path.read_bytes())
-    content[4096 : len(content)] = os.urandom(len(content) - 4096)
-    path.write_bytes(bytes(content))
-    with pytest.raises(CatalogUnavailableError, match="damaged"):
-        Catalog.open(f"sqlite:///{path}").store("store-1")
 
 
 def test_the_driver_of_sqlite_is_the_one_of_python() -> None:

@@ -67,7 +67,8 @@ def test_names_need_a_commit(store: StoreCatalog) -> None:
 
 def test_a_fork_shares_the_past_and_not_the_future(store: StoreCatalog) -> None:
     first, second = commit(store, 1), commit(store, 2)
-    made = store.branch("exp", first.id, move=False)
+    assert store.branch("exp", first.id, move=False) is not None
+    (made,) = (one for one in store.branches() if one.name == "exp")
     assert (made.commit, made.step) == (first.id, 1)
     commit(store, 2, ["b"], "exp")
     commit(store, 3)
@@ -110,7 +111,7 @@ def test_moving_back_leaves_commits_out_of_the_log(store: StoreCatalog) -> None:
 
 def test_moving_to_where_it_is_changes_nothing(store: StoreCatalog) -> None:
     made = commit(store, 1)
-    store.branch("main", made.id, move=True)
+    assert store.branch("main", made.id, move=True) is None
     commit(store, 2)
     assert steps(store) == [2, 1]
 

@@ -34,7 +34,7 @@ def test_refs_find_what_they_mean(store: StoreCatalog, history: dict[str, Commit
         "exp@10": "main@10",
         "best": "main@20",
         history["exp@15"].id: "exp@15",
-        history["exp@15"].id[:9]: "exp@15",
+        history["exp@15"].id[:14]: "exp@15",
     }
     for text, meant in meanings.items():
         assert at(store, text).commit == history[meant], text

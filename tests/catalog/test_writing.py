@@ -447,3 +447,26 @@ def test_new_layers_of_a_failed_publish_are_made_again(store: StoreCatalog) -> N
 def test_leases_lapse_by_the_catalogs_clock(catalog: Catalog, store: StoreCatalog) -> None:
     assert abs(catalog.now() - store.now()) < timedelta(seconds=5)
     assert catalog.now().tzinfo is UTC
+
+
+def test_a_branch_that_was_moved_away_and_back_is_not_the_one_that_the_manifest_names(store: StoreCatalog) -> None:
+    first = commit(store, 1)
+    second = commit(store, 2)
+    (run,) = store.lines_of("main")
+    assert run.line == first.id
+    draft = replace(announce(store, 3), line=run.line)
+    store.branch("main", first.id, move=True)
+    store.branch("main", second.id, move=True)
+    with pytest.raises(HeadMovedError, match="moved"):
+        publish(store, draft)
+    again = replace(announce(store, 3), line=store.lines_of("main")[0].line)
+    publish(store, again)
+    assert [one.until for one in store.lines_of("main")] == [None, 2]
+    assert store.lines_to(again.id) == store.lines_of("main")
+
+
+def test_a_commit_keeps_the_time_that_its_manifest_has(store: StoreCatalog) -> None:
+    draft = announce(store, 1)
+    made_at = store.now() - timedelta(minutes=1)
+    publish(store, replace(draft, created_at=made_at))
+    assert [one.created_at for one in store.log("main")] == [made_at]

@@ -154,7 +154,10 @@ def test_gc_asks_on_a_terminal(root: Path, reply: str, left: int) -> None:
 
 def test_verify_says_that_all_is_well(run: Run) -> None:
     assert "Everything is as it was written" in run("verify").stdout
-    assert answer(run("verify", "best", "--json")).keys() == {"versions", "objects", "bytes_read", "damages", "ok"}
+    assert answer(run("verify", "best", "--json")).keys() == {
+        *("versions", "objects", "bytes_read", "damages", "losses", "unknown", "awaiting_gc"),
+        *("quarantined", "lifted", "ok"),
+    }
 
 
 def test_verify_finds_damage_and_exits_with_5(run: Run, root: Path) -> None:
@@ -178,7 +181,8 @@ def test_rebuild_takes_the_root_over(run: Run, root: Path, tmp_path: Path) -> No
     assert refusal(run("rebuild", "--catalog", other, "--json"))["error"] == "usage"
 
     document = answer(run("rebuild", "--catalog", other, "--yes", "--json"))
-    assert document.keys() == {"commits", "versions", "branches", "tags", "unplaced", "unreadable", "epoch"}
+    lists = {"branches", "tags", "unplaced", "unreadable", "incomplete"}
+    assert document.keys() == {"commits", "versions", "epoch", "dry_run", *lists}
     assert (document["commits"], document["branches"], document["tags"]) == (5, ["main", "retry"], ["best"])
     assert run("tag", "mine", "--catalog", other).exit_code == 0
     lost = refusal(run("tag", "his", "--json"))
@@ -188,6 +192,25 @@ def test_rebuild_takes_the_root_over(run: Run, root: Path, tmp_path: Path) -> No
 
 def test_rebuild_in_words(run: Run) -> None:
     assert "owns file://" in run("rebuild", "--yes").stdout
+
+
+def test_rebuild_tells_what_it_would_find_and_what_is_lost(run: Run, root: Path) -> None:
+    manifests = sorted((root / "commits").iterdir())
+    manifests[-1].write_bytes(b"half")
+    lost = next((root / "layers" / "blocks.0").iterdir())
+    (lost / "zarr.json").unlink()
+    before = {path: path.read_bytes() for path in (root / "commits").iterdir()}
+    document = answer(run("rebuild", "--dry-run", "--json"))
+    assert (document["dry_run"], document["commits"]) == (True, 4)
+    assert document["unreadable"] == [f"commits/{manifests[-1].name}"]
+    assert {layer for commit in document["incomplete"] for layer in commit["layers"]} == {"blocks.0"}
+    said = run("rebuild", "-n").stdout
+    assert "Nothing was changed" in said
+    assert f"Could not read commits/{manifests[-1].name}. gc leaves" in said
+    assert "lost layers; the others of theirs can be read:" in said
+    assert document["incomplete"][0]["id"][:12] in said
+    assert {path: path.read_bytes() for path in (root / "commits").iterdir()} == before
+    assert run("tag", "mine").exit_code == 0
 
 
 def test_upgrade_says_what_it_found(run: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What goes wrong, how it is said, and with which exit code."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,12 +52,17 @@ def test_no_store_says_how_to_name_one(run: Run) -> None:
     assert "TAILORSTORE_URL" in result.stderr
 
 
-def test_broken_root_document_exits_with_5(run: Run, root: Path) -> None:
+def test_a_broken_root_document_is_told_and_without_commits_exits_with_5(run: Run, root: Path) -> None:
     (root / "tailorstore.json").write_text("{")
+    result = run("log")
+    assert result.exit_code == 0
+    assert "tailorstore rebuild" in result.stderr
+    shutil.rmtree(root / "commits")
     assert run("log").exit_code == 5
 
 
-def test_unreachable_catalog_exits_with_6(run: Run) -> None:
+def test_unreachable_catalog_exits_with_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     result = run("init", "--store", "memory://unreachable", "--catalog", "postgresql://u:hunter2@127.0.0.1:9/db")
     assert result.exit_code == 6
     assert "hunter2" not in result.output
@@ -84,7 +90,8 @@ def test_unexpected_errors_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatc
         ("--store", "s3://bucket/run", "log", "--storage-option", "secret=wJalrXUtn", "--storage-option", "oops=1"),
     ],
 )
-def test_secrets_are_never_printed(run: Run, args: tuple[str, ...]) -> None:
+def test_secrets_are_never_printed(run: Run, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     for more in ((), ("--json",)):
         result = run(*args, *more, env={"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "x"})
         assert result.exit_code != 0
@@ -135,4 +142,4 @@ def test_an_interrupt_ends_it_quietly(root: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip() == ""
+    assert errors.strip() == "Interrupted."

@@ -36,7 +36,7 @@ OWN = {
     "log": ["--limit", "-n"],
     "show": ["ref"],
     "diff": ["--all", "a", "b"],
-    "checkout": ["--format", "--optim", "--overwrite", "--to", "ref"],
+    "checkout": ["--fallback", "--format", "--optim", "--overwrite", "--to", "ref"],
     "heatmap": ["--limit", "--linear", "--measure", "--output", "--overwrite", "-n"],
     "stats": [],
     "strategies": ["text"],
@@ -54,8 +54,9 @@ OWN = {
         "-n",
         "-y",
     ],
-    "verify": ["ref"],
-    "rebuild": ["--yes", "-y"],
+    "verify": ["--repair", "ref"],
+    "scrub": ["--fraction"],
+    "rebuild": ["--dry-run", "-n", "--yes", "-y"],
     "upgrade": [],
 }
 

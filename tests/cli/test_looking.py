@@ -110,6 +110,7 @@ def test_show_in_json(run: Run) -> None:
         "versions",
         "base_step",
         "error",
+        "quarantined",
     }
     assert document["conditions"]["blocks.0"] == {
         "layer": "blocks.0",
@@ -142,7 +143,7 @@ def test_checkout_shows_source_steps(run: Run) -> None:
     assert "The composite of step 30 on main: 6 layers of 3 steps (10 to 30)." in text
 
     document = answer(run("checkout", "30", "--json"))
-    assert document["layers"][0].keys() == {"layer", "source_step", "staleness", "fidelity"}
+    assert document["layers"][0].keys() == {"layer", "source_step", "staleness", "fidelity", "quarantined"}
     assert {layer["layer"]: layer["source_step"] for layer in document["layers"]}["blocks.2"] == 20
 
 

@@ -2,13 +2,14 @@
 
 import re
 import string
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tailorstore.domain.errors import BadNameError, InvalidInputError
-from tailorstore.domain.names import check_name, escape, layer_rule, new_id, parse_ref
+from tailorstore.domain.names import check_name, escape, is_id, layer_rule, least_id, new_id, parse_ref
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,21 @@ def test_what_is_no_ref_is_refused(bad: str) -> None:
         parse_ref(bad)
 
 
-def test_ids_never_read_as_steps() -> None:
-    for _ in range(2000):
-        assert not new_id()[:8].isdecimal()
+def test_ids_are_ids_and_never_read_as_steps() -> None:
+    made = {new_id() for _ in range(2000)}
+    assert len(made) == 2000
+    assert all(is_id(one) and one[0].isalpha() for one in made)
+
+
+@pytest.mark.parametrize("year", [1970, 2019, 2020, 2026, 2070, 2500])
+def test_ids_sort_by_the_time_they_were_made_at(monkeypatch: pytest.MonkeyPatch, year: int) -> None:
+    moment = datetime(year, 12, 31, tzinfo=UTC)
+    monkeypatch.setattr("tailorstore.domain.names.time.time", moment.timestamp)
+    one = new_id()
+    assert is_id(one)
+    assert least_id(moment) <= one < least_id(moment + timedelta(seconds=1)) or not 2020 <= year <= 2070
+    # A clock that is out of all bounds makes ids that sort first or last.
+    assert (one[:8] == "a0000000") is (year < 2020)
+    assert (one[:8] == "ffffffff") is (year > 2070)
+    monkeypatch.undo()
+    assert (one < new_id()) is (year <= 2026 and moment < datetime.now(UTC))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -113,3 +114,47 @@ def test_joining_policies_keeps_the_union(steps: list[int], last: int, every: in
     union = set(kept(KeepLast(last), given_inventory)) | set(kept(KeepEvery(every), given_inventory))
     assert set(kept(KeepLast(last) | KeepEvery(every), given_inventory)) == union
     assert max(steps) in union
+
+
+# --- Commits that hold a layer in quarantine
+
+
+def spoiled(*steps: int) -> Inventory:
+    return replace(inventory(*TEN), quarantined=frozenset(f"c{step}" for step in steps))
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps"),
+    [
+        # Three that can be restored, although the newest three cannot be; the head stays, as heads do.
+        (KeepLast(3), [50, 60, 70, 100]),
+        (KeepBest("loss", 2), [30, 40, 100]),
+        (KeepEvery(50), [10, 50, 100]),
+        (KeepWithin(timedelta(hours=40)), [60, 70, 100]),
+        (KeepTagged(), [100]),
+        (None, list(range(10, 101, 10))),
+    ],
+)
+def test_commits_in_quarantine_are_neither_kept_by_policies_nor_counted(
+    policy: RetentionPolicy | None, steps: list[int]
+) -> None:
+    assert kept(policy, spoiled(80, 90, 100)) == steps
+
+
+def test_the_best_that_is_whole_outlives_better_ones_in_quarantine() -> None:
+    assert kept(KeepBest("loss", 1), spoiled(30, 40)) == [20, 100]
+
+
+def test_tags_and_leases_keep_commits_in_quarantine() -> None:
+    given_inventory = replace(spoiled(20, 30, 40), tags={"t": "c20"}, leased=frozenset({"c30"}))
+    assert kept(KeepLast(1), given_inventory) == [20, 30, 100]
+
+
+def test_the_last_good_commit_stays_however_many_bad_ones_follow() -> None:
+    assert kept(KeepLast(1), spoiled(*range(20, 101, 10))) == [10, 100]
+
+
+def test_commits_in_quarantine_on_no_branch_are_kept_by_no_policy() -> None:
+    loose = (commit(1, age_hours=1), commit(2, age_hours=1))
+    given_inventory = replace(inventory(*TEN, unreachable=loose), quarantined=frozenset({"c2"}))
+    assert {1, 2} & set(kept(KeepWithin(timedelta(hours=2)), given_inventory)) == {1}

@@ -120,6 +120,7 @@ def test_leftovers_of_crashed_commits_are_swept_after_the_grace_period(store: ts
     fill(store, 1)
     objects = open_objects(str(tmp_path / "root"))
     left = "0123456789abcdef0123"
+    store._catalog.announce(left, "main", 20, timedelta(seconds=-1))
     for key in (f"layers/a/{left}/zarr.json", f"layers/a/{left}/a.w/c.0", f"commits/{left}.json"):
         objects.put(key, b"half")
     objects.put("layers/note.txt", b"not ours")

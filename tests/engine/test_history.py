@@ -58,7 +58,7 @@ def test_every_form_of_ref(store: ts.Store) -> None:
         ("try", 10),
         ("try@10", 10),
         (commits[0].id, 10),
-        (commits[1].id[:9], 20),
+        (commits[1].id[:14], 20),
     ]
     for ref, step in refs:
         with store.checkout(ref) as checkpoint:

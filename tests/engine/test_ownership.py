@@ -132,7 +132,7 @@ def test_what_is_no_store_is_not_made_into_one(tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     odd.mkdir()
     (odd / "tailorstore.json").write_text('{"hello": 1}')
-    with pytest.raises(NotAStoreError, match="not a store"):
+    with pytest.raises(NotAStoreError, match="not a tailorstore document"):
         ts.open_store(odd)
     (odd / "tailorstore.json").write_bytes(b"\x00\xff")
     with pytest.raises(NotAStoreError):

@@ -44,11 +44,11 @@ def test_a_commit_that_loses_the_root_after_its_manifest_leaves_it_to_the_new_ow
         first.commit(1, weights(1))
         get = first._objects.get
 
-        def get_after_take_over(key: str) -> memoryview:
+        def get_after_take_over(key: str, *, limit: int | None = None) -> memoryview:
             if key == "tailorstore.json" and list((tmp_path / "root/commits").iterdir())[1:]:
                 with ts.open_store(tmp_path / "root", catalog=other) as second:
                     second.rebuild_catalog()
-            return get(key)
+            return get(key, limit=limit)
 
         monkeypatch.setattr(first._objects, "get", get_after_take_over)
         with pytest.raises(RootTakenError):
@@ -111,8 +111,8 @@ def test_of_two_take_overs_at_once_one_is_refused(tmp_path: Path, monkeypatch: p
     ):
         read = session.read_history  # type: ignore[attr-defined]
 
-        def read_slowly(objects: Any) -> Any:
-            history = read(objects)
+        def read_slowly(*args: Any) -> Any:
+            history = read(*args)
             monkeypatch.setattr(session, "read_history", read)
             monkeypatch.setattr(session, "read_binding", lambda _: slow._session.binding)
             fast.rebuild_catalog()

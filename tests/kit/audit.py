@@ -7,7 +7,7 @@ from sqlalchemy import update
 
 import tailorstore as ts
 from tailorstore.catalog.tables import leases, pending
-from tailorstore.domain.names import ROOT_DOCUMENT, layer_component, manifest_key
+from tailorstore.domain.names import ROOT_DOCUMENT, layer_component, manifest_key, quarantine_key
 from tailorstore.storage.manifests import read_ref_record
 
 _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -50,7 +50,9 @@ def assert_root_is_exact(store: ts.Store) -> None:
     records = {key for key in others if key.startswith("refs/")}
     for key in records:
         read_ref_record(store._objects, key.removeprefix("refs/").removesuffix(".json"))
-    assert others - records == {ROOT_DOCUMENT} | {manifest_key(commit_id) for commit_id in all_commits(store)}
+    explained = {ROOT_DOCUMENT} | {manifest_key(commit_id) for commit_id in all_commits(store)}
+    explained |= {quarantine_key(layer_component(layer), one) for layer, one in store._catalog.in_quarantine()}
+    assert others - records == explained
 
 
 def refs(store: ts.Store) -> dict[str, int]:

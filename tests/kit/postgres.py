@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,20 @@ from tests.kit.processes import (
 
 POSTGRES_USER: Final = "ts"
 
+_KEEP_UP: Final = """
+trap 'kill -INT "$server"; wait "$server"; exit' INT
+while true; do
+  while [ -e down ]; do sleep 0.02; done
+  "$@" &
+  server=$!
+  echo "$server" >pid.new
+  mv pid.new pid
+  wait "$server"
+  sleep 0.05
+done
+"""
+"""Starts a server whenever it is down and shall not be. Right after a kill that may take more than one try."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PostgresServer:
@@ -37,6 +52,8 @@ class PostgresServer:
     port: int
     password: str = dataclasses.field(repr=False)
     pid: int
+    directory: Path
+    """Where it keeps its data and its log."""
 
     def url(self, database: str = "postgres") -> str:
         """Return the SQLAlchemy URL of one of its databases."""
@@ -53,6 +70,28 @@ class PostgresServer:
             autocommit=True,
             connect_timeout=5,
         )
+
+    @contextlib.contextmanager
+    def away(self, by: signal.Signals) -> Iterator[None]:
+        """Bring a restartable server down by a signal while the block lasts; it starts again when that ends.
+
+        Args:
+            by: ``SIGINT`` is a fast shutdown, ``SIGQUIT`` an immediate one, ``SIGKILL`` a crash.
+        """
+        pid = int((self.directory / "pid").read_text())
+        (self.directory / "down").touch()
+        os.kill(pid, by)
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.01)
+        try:
+            yield
+        finally:
+            (self.directory / "down").unlink()
+
+    def wait_until_up(self) -> None:
+        """Return once it lets clients in."""
+        while not _accepts(self):
+            time.sleep(0.02)
 
     @contextlib.contextmanager
     def create_database(self) -> Iterator[str]:
@@ -88,8 +127,12 @@ def postgres_programs() -> Path:
 
 
 @contextlib.contextmanager
-def run_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
-    """Run a PostgreSQL server; unless it must be ``durable``, one that does not wait for the disk.
+def run_postgres(*, durable: bool = False, restartable: bool = False) -> Iterator[PostgresServer]:
+    """Run a PostgreSQL server.
+
+    Args:
+        durable: it waits for the disk, so that a crash loses nothing.
+        restartable: it starts again when it was stopped or killed; see :meth:`PostgresServer.away`.
 
     Raises:
         ServerMissingError: its programs are not installed.
@@ -101,7 +144,7 @@ def run_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
 
     def start() -> Leash:
         with reserve_ports(1) as (port,):
-            leash, server = _start_postgres(programs, password, port, durable=durable)
+            leash, server = _start_postgres(programs, password, port, durable=durable, restartable=restartable)
         servers.append(server)
         return leash
 
@@ -112,7 +155,9 @@ def run_postgres(*, durable: bool = False) -> Iterator[PostgresServer]:
         leash.release()
 
 
-def _start_postgres(programs: Path, password: str, port: int, *, durable: bool) -> tuple[Leash, PostgresServer]:
+def _start_postgres(
+    programs: Path, password: str, port: int, *, durable: bool, restartable: bool
+) -> tuple[Leash, PostgresServer]:
     directory = temporary_directory("pg")
     try:
         owner = _unprivileged_owner()
@@ -125,6 +170,7 @@ def _start_postgres(programs: Path, password: str, port: int, *, durable: bool) 
             os.chown(password_file, *owner)
         leash = Leash(
             [
+                *(("sh", "-c", _KEEP_UP, "keeper") if restartable else ()),
                 programs / "postgres",
                 *("-D", directory / "data", "-k", directory, "-h", HOST, "-p", str(port)),
                 *(() if durable else ("-F", "-c", "synchronous_commit=off", "-c", "full_page_writes=off")),
@@ -142,7 +188,7 @@ def _start_postgres(programs: Path, password: str, port: int, *, durable: bool) 
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    server = PostgresServer(port, password, leash.pid)
+    server = PostgresServer(port, password, leash.pid, directory)
     try:
         leash.wait_until(lambda: _accepts(server))
     except BaseException:

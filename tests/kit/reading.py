@@ -25,9 +25,9 @@ class Watched(LocalObjects):
         self.read: list[str] = []
         self.filled: dict[str, list[range]] = {}
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, *, limit: int | None = None) -> memoryview:
         self.read.append(key)
-        return super().get(key)
+        return super().get(key, limit=limit)
 
     def read_into(self, key: str, target: Memory, observe: Any = None, size: int | None = None) -> None:
         self.read.append(key)

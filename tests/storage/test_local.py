@@ -160,6 +160,26 @@ def test_replacing_fails_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [info.key for info in objects.list()] == ["tailorstore.json"]
 
 
+def test_a_directory_that_a_delete_takes_away_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = LocalObjects(str(tmp_path))
+    real = os.mkdir
+    pruned: list[str] = []
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        if path.endswith("/v") and not pruned:
+            # Just then another process deletes the last object of the layer, and its directory with it.
+            pruned.append(path)
+            os.rmdir(os.path.dirname(path))
+        real(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert objects.put("layers/a/v/c.0", b"x") == 1
+    assert pruned
+    assert bytes(objects.get("layers/a/v/c.0")) == b"x"
+
+
 def test_deleting_takes_empty_directories_along_but_never_the_root(tmp_path: Path) -> None:
     objects = LocalObjects(str(tmp_path / "root"))
     objects.put("layers/a/v/w/c.0", b"x")
@@ -190,7 +210,7 @@ def test_opening_makes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_syncing_flushes_files_then_directories_up_to_the_first_that_was_there(
+def test_confirming_flushes_files_then_directories_up_to_the_mount_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = LocalObjects(str(tmp_path / "new" / "root"))
@@ -204,9 +224,11 @@ def test_syncing_flushes_files_then_directories_up_to_the_first_that_was_there(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", watch)
-    objects.sync(["layers/a/v/c.0"])
+    objects.confirm({"layers/a/v/c.0": 1})
     root = tmp_path / "new" / "root"
-    directories = [root / "layers/a/v", root / "layers/a", root / "layers", root, tmp_path / "new", tmp_path]
+    mount_point = next(folder for folder in root.parents if folder.is_mount())
+    above = [folder for folder in root.parents if folder.is_relative_to(mount_point)]
+    directories = [root / "layers/a/v", root / "layers/a", root / "layers", root, *above]
     assert flushed[0] == (False, (root / "layers/a/v/c.0").stat().st_ino)
     assert {inode for is_directory, inode in flushed[1:] if is_directory} == {
         path.stat().st_ino for path in directories

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tailorstore.domain.errors import CorruptDocumentError, InvalidInputError
+from tailorstore.domain.lines import LineRun
 from tailorstore.domain.names import manifest_key, new_id
 from tailorstore.domain.records import (
     EXTRA_LAYER,
@@ -49,7 +50,8 @@ def manifest(measures: dict[str, LayerMeasures] | None = None) -> CommitManifest
         "c": version("c", OLDER, 5),
     }
     bases = {"a": version("a", BASE, 1), "b": version("b", BASE, 1)}
-    return CommitManifest(Binding("store", "catalog", 1), commit, versions, bases, measures or {})
+    lines = (LineRun(MINE), LineRun(OLDER, 6), LineRun(BASE, 2))
+    return CommitManifest(Binding("store", "catalog", 1), commit, versions, bases, measures or {}, lines)
 
 
 @pytest.fixture
@@ -95,6 +97,14 @@ def test_numbers_that_are_not_finite_are_written_as_unknown(local: LocalObjects,
 
 Change = Callable[[dict[str, Any]], object]
 CHANGES: dict[str, Change] = {
+    "no lines at all": lambda it: it.pop("lines"),
+    "lines that are none": lambda it: it.update(lines=[]),
+    "a line of its own that ends": lambda it: it["lines"][0].update(until=7),
+    "an older line that does not end": lambda it: it["lines"][1].update(until=None),
+    "a line that is no id": lambda it: it["lines"][1].update(line="main"),
+    "a line that comes twice": lambda it: it["lines"][2].update(line=MINE),
+    "a line that ends after one that forked off it": lambda it: it["lines"][2].update(until=7),
+    "a line that ends at a truth": lambda it: it["lines"][1].update(until=True),
     "no bases at all": lambda it: it.pop("bases"),
     "a light version without a base": lambda it: it["bases"].pop("a"),
     "a base that is light": lambda it: it["bases"]["a"].update(fidelity="light", base=OLDER),

@@ -24,7 +24,9 @@ SECRET = "hunter2/hunter2+hunter2"
 def config_of(url: str, options: dict[str, Any]) -> dict[str, Any]:
     objects: Any = open_objects(url, options)
     assert SECRET not in repr(objects) + str(objects) + objects.url
-    return {"prefix": objects._store.prefix, **objects._store.config, **(objects._store.client_options or {})}
+    # Below the retrying.
+    store = objects._objects._store
+    return {"prefix": store.prefix, **store.config, **(store.client_options or {})}
 
 
 @pytest.fixture(autouse=True)

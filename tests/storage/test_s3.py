@@ -171,6 +171,7 @@ def test_endpoints_that_do_not_answer_fail_in_bounded_time(
         said = failing(objects, call, StorageUnavailableError)
         assert time.monotonic() - started < 30, name
         assert s3_server.admin.secret not in said
+        assert str(options["endpoint_url"]) in said
     objects.close()
 
 

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tailorstore.domain.errors import InvalidInputError, MissingObjectError
+from tailorstore.domain.errors import (
+    CorruptDocumentError,
+    InvalidInputError,
+    MissingObjectError,
+    StorageUnavailableError,
+)
 from tailorstore.storage.objects import Objects
+from tailorstore.storage.retrying import Retrying
 from tests.storage.conftest import Place
 
 if TYPE_CHECKING:
@@ -126,10 +132,32 @@ def test_deleting_leaves_the_rest_and_forgives_what_is_gone(objects: Objects) ->
 
 def test_written_objects_can_be_made_durable(objects: Objects) -> None:
     keys = [f"layers/l/v/p{number}/c.0" for number in range(20)]
-    for key in keys:
-        objects.put(key, b"x")
-    objects.sync(keys)
-    objects.sync([])
+    objects.confirm({key: objects.put(key, key.encode()) for key in keys})
+    objects.confirm({})
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_objects_that_did_not_arrive_whole_are_not_confirmed(objects: Objects, count: int) -> None:
+    # Without the minute in which it may still arrive.
+    objects = objects._objects if isinstance(objects, Retrying) else objects
+    sizes = {key: objects.put(key, key.encode()) for key in (f"layers/l/v/p{number}/c.0" for number in range(count))}
+    missing, short = "layers/l/v/never/c.0", next(iter(sizes))
+    with pytest.raises(StorageUnavailableError, match=rf"{missing} \(missing\); nothing was published"):
+        objects.confirm({**sizes, missing: 3})
+    with pytest.raises(StorageUnavailableError, match=rf"{short} \({sizes[short]} of 9999 bytes\)"):
+        objects.confirm({**sizes, short: 9999})
+    with pytest.raises(StorageUnavailableError, match="missing"):
+        objects.confirm({"commits/never.json": 3})
+    objects.confirm(sizes)
+
+
+def test_objects_larger_than_they_may_be_are_not_read(objects: Objects) -> None:
+    objects.put("a", b"12345")
+    assert bytes(objects.get("a", limit=5)) == b"12345"
+    with pytest.raises(CorruptDocumentError, match=r"object a in .* has 5 bytes and may have 4 at most"):
+        objects.get("a", limit=4)
+    with pytest.raises(MissingObjectError):
+        objects.get("b", limit=4)
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "./a", "a/.", "a\0b"])

@@ -13,6 +13,7 @@ from tailorstore.domain.names import natural
 
 if TYPE_CHECKING:
     from tailorstore.engine.checkout import Checkpoint
+    from tailorstore.engine.store import Store
 
 Format = Literal["safetensors", "torch"]
 
@@ -32,6 +33,7 @@ COLUMNS = (
         "tailorstore checkout 1200",
         "tailorstore checkout best --to model.safetensors",
         "tailorstore checkout main@1200 --to resume.pt",
+        "tailorstore checkout latest --fallback --to resume.pt",
     ],
 )
 @click.argument("ref", default="latest")
@@ -44,8 +46,19 @@ COLUMNS = (
 )
 @click.option("--optim", is_flag=True, help="Also write optimizer state to safetensors; torch files always have it.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option(
+    "--fallback",
+    is_flag=True,
+    help="Read all of it first; if it is damaged, take the newest commit before that is not.",
+)
 def command(
-    settings: Settings, ref: str, path: Path | None, file_format: Format | None, optim: bool, overwrite: bool
+    settings: Settings,
+    ref: str,
+    path: Path | None,
+    file_format: Format | None,
+    optim: bool,
+    overwrite: bool,
+    fallback: bool,
 ) -> None:
     """Show which step each layer comes from, or write all to a file.
 
@@ -55,7 +68,7 @@ def command(
     if path is None and (file_format or optim or overwrite):
         msg = "--format, --optim and --overwrite go with --to PATH"
         raise click.UsageError(msg)
-    with settings.open() as store, store.checkout(ref) as checkpoint:
+    with settings.open() as store, _checked_out(store, ref, fallback=fallback) as checkpoint:
         if path is None:
             _show(settings, checkpoint)
         else:
@@ -63,14 +76,25 @@ def command(
             _export(settings, checkpoint, path, chosen, optim=optim, overwrite=overwrite)
 
 
+def _checked_out(store: "Store", ref: str, *, fallback: bool) -> "Checkpoint":
+    with progress_bars() as tell:
+        return store.checkout(ref, fallback=fallback, progress=tell)
+
+
 def _show(settings: Settings, checkpoint: "Checkpoint") -> None:
     sources, staleness, fidelity = checkpoint.sources, checkpoint.staleness, checkpoint.fidelity
     if settings.json:
         layers = [
-            {"layer": name, "source_step": step, "staleness": staleness[name], "fidelity": fidelity[name]}
+            {
+                "layer": name,
+                "source_step": step,
+                "staleness": staleness[name],
+                "fidelity": fidelity[name],
+                "quarantined": checkpoint.quarantined.get(name),
+            }
             for name, step in sources.items()
         ]
-        print_json({"commit": checkpoint.commit, "layers": layers})
+        print_json({"commit": checkpoint.commit, "fallback_from": checkpoint.fallback_from, "layers": layers})
         return
     names = sorted(sources, key=natural)
     print_table(COLUMNS, [[name, str(sources[name]), str(staleness[name]), fidelity[name]] for name in names])
@@ -89,6 +113,7 @@ def _export(
         checkpoint.export(path, chosen, optim=optim, overwrite=overwrite, progress=tell)
     written_bytes = path.stat().st_size
     if settings.json:
-        print_json({"commit": checkpoint.commit, "path": str(path), "format": chosen, "bytes": written_bytes})
+        written = {"path": str(path), "format": chosen, "bytes": written_bytes}
+        print_json({"commit": checkpoint.commit, "fallback_from": checkpoint.fallback_from, **written})
         return
     print_line(f"Wrote the composite of step {checkpoint.step} to {path} ({chosen}, {size(written_bytes)}).")

@@ -152,8 +152,8 @@ def _print_summary(report: GcReport) -> None:
             f" can be deleted once the grace period ({duration(report.grace)}) is over."
         )
     print_line(
-        f"{'Would delete' if dry else 'Deleted'} {count(report.versions_swept, 'layer version')} for which it is over,"
-        f" and {count(report.leftovers_swept, 'leftover')} of crashed commits: {size(report.bytes_freed)}."
+        f"{'Would delete' if dry else 'Deleted'} {count(report.versions_swept, 'layer version')} whose grace period is"
+        f" over, and {count(report.leftovers_swept, 'leftover')} of crashed commits: {size(report.bytes_freed)}."
     )
     if report.deletes_failed:
         print_line(f"{count(report.deletes_failed, 'object')} could not be deleted; the next run tries again.")

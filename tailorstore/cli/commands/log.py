@@ -24,6 +24,9 @@ COLUMNS = (
     Column("message", spare=True),
 )
 
+QUARANTINED = Column("in quarantine", style="red")
+"""One column more, where any commit needs it."""
+
 
 def rows(commits: Sequence[Commit], branches: Sequence[Reference], tags: Sequence[Reference]) -> list[list[str]]:
     """Return the rows of a log's table."""
@@ -60,15 +63,24 @@ def command(settings: Settings, limit: int | None) -> None:
     """List the commits of a branch, newest first.
 
     "layers" counts the layers that a commit wrote, "of full" compares its bytes with a save of everything. Layers
-    that a commit did not write, its composite has from earlier steps: see 'tailorstore show'.
+    that a commit did not write, its composite has from earlier steps: see 'tailorstore show'. Commits that hold layers
+    in quarantine, which 'tailorstore verify --repair' found damaged, are marked with their names.
     """
     if limit is None:
         limit = 0 if settings.json else _ROWS
     with settings.open() as store:
         commits = store.log(limit=limit + 1 if limit else None)
+        shown = commits[:limit] if limit else commits
+        held = store.quarantined()
+        quarantined = {commit.id: held[commit.id] for commit in shown if commit.id in held}
         if settings.json:
-            print_json({"branch": store.branch_name, "commits": commits[:limit] if limit else commits})
+            print_json({"branch": store.branch_name, "commits": shown, "quarantined": quarantined})
             return
-        print_table(COLUMNS, rows(commits[:limit] if limit else commits, store.branches(), store.tags()))
+        table = rows(shown, store.branches(), store.tags())
+        if quarantined:
+            marks = [", ".join(quarantined.get(commit.id, ())) for commit in shown]
+            print_table((*COLUMNS, QUARANTINED), [[*row, mark] for row, mark in zip(table, marks, strict=True)])
+        else:
+            print_table(COLUMNS, table)
         if limit and len(commits) > limit:
             print_note("There are older commits: --limit 0 lists all.")

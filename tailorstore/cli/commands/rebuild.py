@@ -4,24 +4,37 @@ import sys
 
 import click
 
-from tailorstore.cli.output import count, print_json, print_line, print_note
+from tailorstore.cli.output import ID_SHOWN, Column, count, print_json, print_line, print_note, print_table
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
+from tailorstore.domain.names import REFS_PREFIX
+from tailorstore.domain.reports import RebuildReport
+
+_LAYERS_SHOWN = 6
 
 
 @make_command(
     "rebuild",
-    examples=["tailorstore rebuild --store s3://bucket/run", "tailorstore rebuild --catalog sqlite:///new.db --yes"],
+    examples=[
+        "tailorstore rebuild --store s3://bucket/run",
+        "tailorstore rebuild --dry-run",
+        "tailorstore rebuild --catalog sqlite:///new.db --yes",
+    ],
 )
+@click.option("-n", "--dry-run", is_flag=True, help="Show what would be found; change nothing.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-def command(settings: Settings, yes: bool) -> None:
-    """Fill a new catalog from the root, and take the root over.
+def command(settings: Settings, dry_run: bool, yes: bool) -> None:
+    """Fill the catalog from the root, and take the root over.
 
-    For when the catalog was lost, or the root was copied or handed on. The catalog that owned it can then only
-    read: a trainer that still uses it is refused at its next commit. All that was published is found again.
+    For when the catalog was lost or is older than the root, or the root was copied or handed on. A catalog that owned
+    it can then only read: a trainer that still uses it is refused at its next commit. All that was published and is
+    still there is found again; the rest is listed.
+
+    A catalog that owns the root already first writes there what the root has lost and it still knows. To rebuild from
+    the root alone, move the catalog away.
     """
     with settings.open() as store:
-        if not yes:
+        if not yes and not dry_run:
             if not sys.stdin.isatty():
                 msg = "rebuild takes the root away from the catalog that owns it: confirm with --yes"
                 raise click.UsageError(msg)
@@ -29,7 +42,7 @@ def command(settings: Settings, yes: bool) -> None:
             if not click.confirm(question, err=True):
                 print_note("Nothing was changed.")
                 return
-        report = store.rebuild_catalog()
+        report = store.rebuild_catalog(dry_run=dry_run)
         url, catalog = store.url, store.catalog_url
     if settings.json:
         print_json(report)
@@ -40,8 +53,39 @@ def command(settings: Settings, yes: bool) -> None:
         count(len(report.branches), "branch", "branches"),
         count(len(report.tags), "tag"),
     )
-    print_line(f"{catalog} owns {url} now (epoch {report.epoch}): {', '.join(found)}.")
+    if dry_run:
+        print_line(f"{url} holds {', '.join(found)}. Nothing was changed.")
+    else:
+        print_line(f"{catalog} owns {url} now (epoch {report.epoch}): {', '.join(found)}.")
+    _print_rest(report)
+
+
+def _print_rest(report: RebuildReport) -> None:
+    if report.written:
+        done = "Would write" if report.dry_run else "Wrote"
+        print_line(f"{done} {count(len(report.written), 'document')} again first, which the root had lost.")
     if report.unplaced:
-        print_line(f"{count(len(report.unplaced), 'commit')} left unpublished by a race or a crash; gc sweeps them.")
+        print_line(
+            f"{count(len(report.unplaced), 'commit')} left unpublished by a race or a crash, or copied here from"
+            " another store; gc sweeps them."
+        )
     for key in report.unreadable:
-        print_line(f"Could not read {key}.")
+        rest = (
+            "A branch or tag may stand elsewhere than it did, or be gone"
+            if key.startswith(REFS_PREFIX)
+            else "gc leaves what was written under its id alone until it is deleted"
+        )
+        print_line(f"Could not read {key}. {rest}.")
+    if report.incomplete:
+        print_line(f"{count(len(report.incomplete), 'commit')} lost layers; the others of theirs can be read:")
+        rows = [
+            (
+                str(one.step),
+                one.id[:ID_SHOWN],
+                one.branch,
+                ", ".join(one.layers[:_LAYERS_SHOWN])
+                + (f" and {len(one.layers) - _LAYERS_SHOWN} more" if len(one.layers) > _LAYERS_SHOWN else ""),
+            )
+            for one in report.incomplete
+        ]
+        print_table((Column("step", right=True), Column("commit"), Column("branch"), Column("lost")), rows)

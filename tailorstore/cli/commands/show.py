@@ -10,6 +10,7 @@ from tailorstore.cli.output import (
     count,
     metrics,
     print_details,
+    print_heading,
     print_json,
     print_line,
     print_table,
@@ -96,3 +97,8 @@ def command(settings: Settings, ref: str) -> None:
     print_details(details(commit, branches, tags))
     print_line()
     print_table(COLUMNS, rows(layers, conditions))
+    quarantined = [layer for layer in layers if layer.quarantined is not None]
+    if quarantined:
+        print_heading("In quarantine")
+        for layer in quarantined:
+            print_line(f"{layer.name} of step {layer.source_step}: {layer.quarantined}")

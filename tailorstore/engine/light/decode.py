@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tailorstore.domain.chunks import Box, box_of, chunks_in, meet, within
+from tailorstore.engine.light.proof import check_held
 from tailorstore.engine.light.sources import LightSource, Source
 from tailorstore.engine.read import StoredArray, Target, array_jobs, held_of, read_array
 from tailorstore.engine.tensors.memory import (
@@ -54,9 +55,10 @@ def read_tensor(objects: Objects, source: Source, box: Box | None = None) -> Ten
     Raises:
         MissingObjectError, DigestMismatchError, CorruptDocumentError: nothing is returned.
     """
+    box = box_of(source.shape) if box is None else box
+    check_held(objects, [source], math.prod(_extents(box)) * itemsize(source.dtype))
     if isinstance(source, StoredArray):
         return read_array(objects, source, box)
-    box = box_of(source.shape) if box is None else box
     target = empty_host(_extents(box), source.dtype)
     read_tensors(objects, [(source, Sharded(source.shape, target.dtype, (Part(box, target),)))])
     return target

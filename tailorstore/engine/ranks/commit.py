@@ -96,8 +96,6 @@ class CollectiveCommitter:
     """The newest that this rank knows."""
     publisher: Publisher | None = None
     """On the coordinator, from the first commit on."""
-    _announced: str | None = None
-    """On the coordinator: the commit that it announced last."""
     _overtaken: bool = False
     """On the coordinator: somebody else has written, and the ranks have not yet forgotten what they compared with."""
     _selector: Selector = field(init=False)
@@ -119,23 +117,19 @@ class CollectiveCommitter:
     def prepare(self, make: Callable[[], Request], *, staged: bool) -> CollectivePrepared:
         """Agree on what to write and announce it; copy this rank's share to the host if ``staged``.
 
+        Whatever it raises, call :meth:`abandon` then.
+
         Raises:
             RanksDisagreeError: step, mask, branch, settings or model are not the same everywhere; nothing was written.
             InvalidInputError: mask, step, model or extra state cannot be committed; nothing was written.
             RankLostError: another rank died or did not call; nothing was written.
             UnavailableError: catalog or storage could not be reached; nothing was written.
         """
-        self._announced = None
-        try:
-            with self.ranks.together("preparing a commit"):
-                # What fails on a rank in here is raised on all of them: where they next wait for each other.
-                if self.ranks.is_coordinator and self.publisher is None:
-                    self.publisher = self.open_publisher()
-                return self._prepare(make(), staged=staged)
-        except BaseException:
-            if self._announced is not None:
-                self._abandon(self._announced)
-            raise
+        with self.ranks.together("preparing a commit"):
+            # What fails on a rank in here is raised on all of them: where they next wait for each other.
+            if self.ranks.is_coordinator and self.publisher is None:
+                self.publisher = self.open_publisher()
+            return self._prepare(make(), staged=staged)
 
     def _prepare(self, request: Request, *, staged: bool) -> CollectivePrepared:
         ranks = self.ranks
@@ -146,7 +140,7 @@ class CollectiveCommitter:
         replicas = sampled_replicas(ranks.rank, whole, captured)
         mine = own_extra(ranks, captured, whole.captured, request.extra)
         fresh = self._look()
-        said = ranks.gather([digests_of(replicas), mine.fingerprint, fresh, _id_of(self.head)])
+        said = ranks.gather([digests_of(replicas), mine.fingerprint, fresh, _mark_of(self.head)])
         check_replicas(ranks, replicas, [found for found, *_ in said])
         extra = gather_extra(ranks, mine, [fingerprint for _, fingerprint, _, _ in said])
         self._follow(said[0][2], [head for *_, head in said])
@@ -173,6 +167,11 @@ class CollectiveCommitter:
         )
         return CollectivePrepared(draft, task, samples, verdict, decision)
 
+    def abandon(self) -> None:
+        """Give up what this rank announced, if it did."""
+        if self.publisher is not None:
+            self.publisher.abandon()
+
     def carry_out(self, prepared: CollectivePrepared) -> Commit:
         """Write, seal and publish an announced commit.
 
@@ -196,7 +195,7 @@ class CollectiveCommitter:
                     )
                 commit = commit_from_json(ranks.share(published))
         except BaseException as error:
-            self._abandon(draft.id)
+            self.abandon()
             # Where ranks are lost nobody knows how far the others are.
             if not writer.handed_over and not isinstance(error, RankLostError):
                 discard(self.objects, writer.written)
@@ -236,7 +235,7 @@ class CollectiveCommitter:
         for attempt in range(ANNOUNCE_ATTEMPTS):
             if attempt:
                 fresh = self._look()
-                said = ranks.gather([fresh, _id_of(self.head)])
+                said = ranks.gather([fresh, _mark_of(self.head)])
                 self._follow(said[0][0], [head for _, head in said])
             self._seed(local)
             tallies = ranks.gather({name: found.as_json() for name, found in self.gauge.tally(local).items()})
@@ -267,7 +266,7 @@ class CollectiveCommitter:
 
         Args:
             fresh: whether somebody else has written since.
-            heads: which head each rank knows.
+            heads: mark of the head that each rank knows.
         """
         if len(set(heads)) > 1:
             described = canonical_json(head_to_json(self.head)) if self.ranks.is_coordinator and self.head else b""
@@ -282,9 +281,10 @@ class CollectiveCommitter:
         """Take what is stored as what this rank's part of the layers moved from, where nothing is known of that."""
         if self.head is None:
             return
-        contents = CompositeContents(self.head.composite, self.objects, self.head.documents)
+        whole = self.head.whole
+        contents = CompositeContents(whole, self.objects, self.head.documents)
         for name, layer in local.layers.items():
-            if name in self.head.composite.versions and not self.gauge.knows(name):
+            if name in whole.versions and not self.gauge.knows(name):
                 try:
                     self.gauge.seed(name, _stored_parts(contents, layer))
                 except (MissingObjectError, DigestMismatchError, CorruptDocumentError) as error:
@@ -312,12 +312,7 @@ class CollectiveCommitter:
         )
         if not publisher.announce(commit_id, request.step, head):
             return None
-        self._announced = commit_id
         return self._selector.decide(outlook, due)
-
-    def _abandon(self, commit_id: str) -> None:
-        if self.publisher is not None:
-            self.publisher.abandon(commit_id)
 
 
 def check_agreement(said: list[Mapping[str, Any]], what: str) -> None:
@@ -392,6 +387,10 @@ def _stored_parts(contents: CompositeContents, local: LayerCapture) -> dict[str,
         parts = tuple(Part(box, contents.part(local.name, path, box)) for box in boxes)
         found[name] = Sharded(shape, whole.dtype, parts)
     return found
+
+
+def _mark_of(head: Head | None) -> str | None:
+    return head.mark if head is not None else None
 
 
 def _id_of(head: Head | None) -> str | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import xxhash
 
+from tailorstore.domain.skeleton import paths_in
 from tailorstore.engine.commit import capture_extra
-from tailorstore.engine.contents import OF_RANKS, paths_in
+from tailorstore.engine.contents import OF_RANKS
 from tailorstore.engine.ranks.group import Ranks
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.memory import (

@@ -15,13 +15,11 @@ import xxhash
 from tailorstore.domain.chunks import Box, box_of
 from tailorstore.domain.errors import InvalidInputError, RanksDisagreeError
 from tailorstore.domain.holdings import Holding, holdings_of
-from tailorstore.engine.contents import paths_in
+from tailorstore.domain.skeleton import SECTIONS, paths_in
 from tailorstore.engine.ranks.words import listed
 from tailorstore.engine.tensors.capture import Capture, LayerCapture
 from tailorstore.engine.tensors.memory import DTYPES, name_of
 from tailorstore.engine.tensors.shards import Sharded
-
-_SECTIONS = ("params", "buffers", "states", "optim", "aliases")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +136,9 @@ class _Union:
 
     def add(self, group: _Group) -> None:
         for name, content, arrays in group.structure["layers"]:
-            known = self._contents.setdefault(name, {section: {} for section in _SECTIONS})
+            known = self._contents.setdefault(name, {section: {} for section in SECTIONS})
             told = self._told_already(name, content)
-            for section in _SECTIONS:
+            for section in SECTIONS:
                 for key, value in content[section].items():
                     _merge(known[section], key, value, whole=section == "states")
             for path, (dtype, shape, kind) in arrays.items():

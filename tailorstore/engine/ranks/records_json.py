@@ -27,7 +27,7 @@ def commit_from_json(described: Mapping[str, Any]) -> Commit:
 
 
 def sealed_to_json(sealed: SealedLayer) -> dict[str, Any]:
-    """Return a sealed layer as JSON data, without its keys."""
+    """Return a sealed layer as JSON data, without the sizes of its objects."""
     return {
         "version": asdict(sealed.version),
         "document": document_to_json(sealed.document, sealed.version.digest),
@@ -36,7 +36,7 @@ def sealed_to_json(sealed: SealedLayer) -> dict[str, Any]:
 
 def sealed_from_json(described: Mapping[str, Any]) -> SealedLayer:
     """Return the sealed layer that :func:`sealed_to_json` wrote."""
-    return SealedLayer(LayerVersion(**described["version"]), document_from_json(described["document"]), ())
+    return SealedLayer(LayerVersion(**described["version"]), document_from_json(described["document"]), {})
 
 
 def composite_to_json(composite: Composite) -> dict[str, Any]:

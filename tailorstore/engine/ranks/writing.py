@@ -59,6 +59,8 @@ class CollectiveWriter:
     """What this rank put into storage; ``unchanged`` is what all ranks found so in the end."""
     handed_over: bool = False
     """Whether the coordinator may have all that it needs to publish: from then on nothing may be deleted."""
+    _sizes: dict[str, int] = field(default_factory=dict)
+    """Of what this rank put itself, in bytes, by key; light layers and ``@extra`` are confirmed by what writes them."""
     _records: dict[tuple[str, str, int], StoredChunk] = field(default_factory=dict)
     _digests: dict[tuple[str, str, int], str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,7 +69,7 @@ class CollectiveWriter:
     def write(self) -> dict[str, SealedLayer]:
         """Write and seal everything that is due, within ``ranks.together``; returns what all ranks have sealed.
 
-        When this returns every object of every rank is durable.
+        When this returns every object of every rank is durable, and has arrived whole.
 
         Raises:
             TailorError: unpublished objects remain, listed in ``written``.
@@ -80,7 +82,7 @@ class CollectiveWriter:
         if self.task.extra is not None:
             write_layers(self._destination(), [plan_layer(self.task.extra, self.layout, None)])
         self._seal(self._all_records())
-        self.objects.sync(self.written.keys)
+        self.objects.confirm(self._sizes)
         return self._share_sealed()
 
     def _is_same_skeleton(self, layer: str) -> bool:
@@ -144,6 +146,7 @@ class CollectiveWriter:
                 digest = self._digests.get((array.layer, array.path, place.number))
                 stored = write_chunk(self.objects, key, array.spec, place, chunk.data(), digest)
             with self._lock:
+                self._sizes[key] = stored.size
                 self._records[array.layer, array.path, place.number] = stored
 
         return job
@@ -199,9 +202,11 @@ class CollectiveWriter:
                     stored = [records[name, path, number] for number in range(count)]
                     digests, sizes = tuple(one.digest for one in stored), tuple(one.size for one in stored)
                     arrays[path] = ArrayRecord(path, spec, digests, sizes)
-                sealed = seal(self.objects, LayerDocument(name, task.commit_id, task.step, layer.content, arrays))
+                document = LayerDocument(name, task.commit_id, task.step, layer.content, arrays)
+                sealed = seal(self.objects, document, self.written.keys.extend)
+                documents = list(sealed.sizes.items())[-len(sealed.document.documents) - 1 :]
                 with self._lock:
-                    self.written.keys.extend(sealed.keys[-len(sealed.document.documents) - 1 :])
+                    self._sizes.update(documents)
                     self.written.sealed[name] = sealed
 
             return run

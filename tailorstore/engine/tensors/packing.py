@@ -16,14 +16,16 @@ Values that JSON has are themselves. All else is an object with one key that beg
 
 import base64
 import math
+import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from tailorstore.domain.errors import CorruptDocumentError, ExtraStateError, InvalidInputError
+from tailorstore.domain.errors import CorruptDocumentError, ExtraStateError, InvalidInputError, TailorError
 from tailorstore.domain.names import escape
 from tailorstore.engine.tensors.memory import check_storable, dtype_name, scalar_from_hex, scalar_to_hex
 from tailorstore.engine.tensors.shards import Layouts, Sharded, is_distributed, settled, sharded
@@ -35,6 +37,9 @@ _MAX_DEPTH = 64
 _MAX_INT_BITS = 8192
 """Python refuses to read decimal numbers much longer than this."""
 _NUMPY_KINDS = "biufc"
+_NUMPY_DTYPE = re.compile(r"[<|][biufc]\d{1,2}")
+_MOST_ALIKE = 64
+"""How many keys of a dictionary may have one hash: a document full of them would take the square of its time."""
 
 
 class Packer:
@@ -187,29 +192,65 @@ def unpack(value: Any, load: Callable[[str], Any]) -> Any:  # noqa: ANN401
 
 
 def _unpack_special(key: str, held: Any, load: Callable[[str], Any]) -> Any:  # noqa: ANN401
+    if key in ("$array", "$ndarray"):
+        if not isinstance(held, str):
+            raise _malformed(key)
+        # What reading it raises says more than that the document is malformed.
+        found = load(held)
+        return found if key == "$array" else _as_numpy(found)
     try:
         match key:
-            case "$array":
-                return load(held)
-            case "$ndarray":
-                return load(held).numpy()
             case "$scalar":
-                return scalar_from_hex(held[0], held[1])
+                dtype, digits = held
+                return scalar_from_hex(dtype, digits)
             case "$number":
-                dtype = np.dtype(held[0])
-                if dtype.kind not in _NUMPY_KINDS:
-                    raise ValueError(held[0])
-                return np.frombuffer(bytes.fromhex(held[1]), dtype=dtype)[0]
+                return _number(*held)
             case "$float":
                 return struct.unpack(">d", bytes.fromhex(held))[0]
             case "$tuple":
-                return tuple(unpack(item, load) for item in held)
+                return tuple(unpack(_items(held), load))
             case "$dict":
-                return {unpack(item_key, load): unpack(item, load) for item_key, item in held}
+                pairs = [(unpack(item_key, load), unpack(item, load)) for item_key, item in _items(held)]
+                return _dictionary(pairs)
             case "$bytes":
                 return base64.b64decode(held, validate=True)
-    except (ValueError, TypeError, IndexError, struct.error, InvalidInputError) as error:
-        msg = f"document holds a malformed {key} value"
-        raise CorruptDocumentError(msg) from error
-    msg = f"document holds an unknown kind of value, {key}"
+    except TailorError as error:
+        if isinstance(error, InvalidInputError):
+            raise _malformed(key) from error
+        raise
+    except (ValueError, TypeError, struct.error) as error:
+        raise _malformed(key) from error
+    msg = f"document holds an unknown kind of value, {key[:40]}; run 'tailorstore verify'"
     raise CorruptDocumentError(msg)
+
+
+def _malformed(key: str) -> CorruptDocumentError:
+    return CorruptDocumentError(f"document holds a malformed {key} value; run 'tailorstore verify'")
+
+
+def _items(held: Any) -> list[Any]:  # noqa: ANN401
+    if not isinstance(held, list):
+        raise TypeError(type(held).__name__)
+    return held
+
+
+def _as_numpy(tensor: Any) -> Any:  # noqa: ANN401 - a tensor, or what stands for one
+    try:
+        return tensor.numpy()
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise _malformed("$ndarray") from error
+
+
+def _number(name: str, digits: str) -> np.generic:
+    if not _NUMPY_DTYPE.fullmatch(name):
+        raise ValueError(name)
+    (number,) = np.frombuffer(bytes.fromhex(digits), dtype=np.dtype(name))
+    found: np.generic = number
+    return found
+
+
+def _dictionary(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    alike = Counter(hash(key) for key, _ in pairs)
+    if max(alike.values(), default=0) > _MOST_ALIKE:
+        raise ValueError(_MOST_ALIKE)
+    return dict(pairs)

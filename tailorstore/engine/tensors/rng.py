@@ -38,7 +38,7 @@ def set_rng_states(states: dict[str, Any]) -> None:
         cuda = states.get("cuda", [])
         if cuda and torch.cuda.is_available() and torch.cuda.device_count() == len(cuda):
             torch.cuda.set_rng_state_all([_as_tensor(state) for state in cuda])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         msg = f"the commit's RNG states cannot be set: {error}"
         raise CorruptDocumentError(msg) from error
 

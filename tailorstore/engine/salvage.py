@@ -1,0 +1,76 @@
+"""Before a root's own catalog is filled from the root anew: what only this catalog knows is put into the root.
+
+A take-over reads nothing but the root. Where this has lost manifests or records, commits and names would be gone
+without a word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tailorstore.catalog.catalog import StoreCatalog
+from tailorstore.domain.errors import RefNotFoundError
+from tailorstore.domain.names import manifest_key, ref_record_key
+from tailorstore.domain.records import CommitManifest, RefRecord
+from tailorstore.engine.changes import read_changes, record_again
+from tailorstore.engine.repair import write_manifest_again
+from tailorstore.engine.verify import Verification, manifest_of
+from tailorstore.storage.transport import Objects
+
+
+@dataclass(frozen=True, slots=True)
+class Salvage:
+    """Documents that a root lacks, or that cannot be read there, and that its catalog can write."""
+
+    manifests: tuple[CommitManifest, ...] = ()
+    records: tuple[RefRecord, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Their keys, sorted."""
+        manifests = (manifest_key(one.commit.id) for one in self.manifests)
+        return tuple(sorted([*manifests, *(ref_record_key(one.id) for one in self.records)]))
+
+
+def find_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
+    """Return what only the catalog knows; changes nothing.
+
+    Args:
+        objects: the root.
+        catalog: its owner, which is as new as the root.
+
+    Raises:
+        UnavailableError, AccessDeniedError: root or catalog cannot be read.
+    """
+    before = catalog.whole_history()
+    lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
+    manifests: list[CommitManifest] = []
+    for commit_id in lost:
+        try:
+            manifests.append(manifest_of(catalog, commit_id))
+        except RefNotFoundError:
+            continue  # expired since
+    return Salvage(tuple(manifests), read_changes(objects, catalog, before).missing)
+
+
+def write_salvage(objects: Objects, catalog: StoreCatalog) -> tuple[str, ...]:
+    """Write what only the catalog knows into the root, and return the keys; a crash leaves some of it done.
+
+    Args:
+        objects: the root.
+        catalog: its owner, which is as new as the root.
+
+    Raises:
+        UnavailableError, AccessDeniedError: root or catalog cannot be read or written; do it again.
+    """
+    before = catalog.whole_history()
+    lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
+    written = [manifest_key(one) for one in lost if write_manifest_again(objects, catalog, one)]
+    found, _ = record_again(objects, catalog, before)
+    return tuple(sorted([*written, *(ref_record_key(one.id) for one in found.missing)]))
+
+
+def _lost_manifests(objects: Objects, catalog: StoreCatalog, commit_ids: Sequence[str]) -> list[str]:
+    """Return the commits whose manifests are gone, or do not say what the catalog does."""
+    verification = Verification(objects, catalog)
+    verification.read((), commit_ids)
+    return [damage.commits[0] for damage in verification.damages()]
