@@ -46,9 +46,27 @@ study: $(VENV)/.installed-study ## Measure what composites cost in quality per b
 test: $(VENV)/.installed-dev ## Run all tests, with a real S3 server and a real PostgreSQL
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.installed-dev ## Let trainers, readers, GC and verify work on one store, killed all the time (ARGS="--minutes 5")
+	$(BIN)/python -m tests.soak $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/.installed-dev ## Run the tests that need a CUDA device (TORCH=torch==2.13.0)
 	$(BIN)/pytest -m gpu $(ARGS)
+
+.PHONY: crash
+crash: $(VENV)/.installed-dev ## Kill, interrupt and cut off power at every call to a store; hours (ARGS="--every 10")
+	$(BIN)/python -m tests.crash $(ARGS)
+	$(BIN)/python -m tests.crash.interrupts
+	$(BIN)/python -m tests.crash.power
+
+.PHONY: fuzz
+fuzz: $(VENV)/.installed-dev ## Give parsers, decoders and whole stores what means harm; ten minutes (ARGS="--minutes 60")
+	$(BIN)/python -m tests.fuzz $(or $(ARGS),--minutes 10)
+
+.PHONY: faults
+faults: $(VENV)/.installed-dev ## Let storage fail in every way and count what is lost (ARGS="--minutes 30")
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed-dev ## Lint, types, imports between floors, spelling, examples in docstrings
