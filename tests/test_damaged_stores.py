@@ -176,6 +176,7 @@ def test_damage_is_named_and_the_rest_restores_exactly_whatever_gc_does(
         assert sorted(found, key=repr) == case.damages
         assert {one.commit: {*one.layers, *([""] if one.manifest else [])} for one in report.losses} == case.losses
         assert len(report.unknown) == case.expected["unknown"]
+        assert list(report.unrecorded) == case.expected.get("unrecorded", [])
         assert report.ok == (not case.expected["verify"])
         assert_gc_takes_leftovers_and_nothing_else(case, store)
         case.assert_reads(store, case.expected["gone"], case.expected["lost"])
@@ -209,7 +210,9 @@ def test_repair_mends_what_it_can_and_marks_the_rest(case: Case, caplog: pytest.
         marked = {(one.layer, one.step, one.version_id) for one in report.damages if not one.mended}
         assert sorted(f"{layer} {step}" for layer, step, _ in marked) == case.expected["repair"]["quarantined"]
         assert len(report.quarantined) == len(marked)
+        assert list(report.recorded) == case.expected.get("unrecorded", [])
         again = store.verify()
+        assert again.unrecorded == ()
         assert len(again.damages) == len(report.damages) - case.expected["repair"]["mended"]
         with store.checkout("main") as checkpoint:
             assert set(checkpoint.quarantined) == {
@@ -223,8 +226,12 @@ def test_repair_mends_what_it_can_and_marks_the_rest(case: Case, caplog: pytest.
 def test_rebuild_brings_back_what_the_root_has(case: Case) -> None:
     expected = case.expected["rebuild"]
     more = expected.get("more", 0)
+    # A catalog that knows more than the root would put it there first.
+    for left in case.root.glob("catalog.sqlite*"):
+        left.unlink()
     with ts.open_store(case.root, create=False) as store:
         report = store.rebuild_catalog()
+        assert report.written == ()
         gone = expected["gone"]
         assert report.commits == len(case.commits) - len(gone) + more
         wanted = [case.pattern(text) for text in expected["unreadable"]]
@@ -244,3 +251,21 @@ def test_rebuild_brings_back_what_the_root_has(case: Case) -> None:
         case.assert_reads(store, gone, case.expected["lost"], everything=bool(gone or expected["incomplete"]))
     with ts.open_store(case.root, create=False) as store:
         assert store.writable
+
+
+@cases(
+    lambda expected: (
+        expected["opens"] == "writable"
+        and any(expected["rebuild"][what] for what in ("gone", "lost_refs", "unreadable"))
+    )
+)
+def test_a_rebuild_by_the_catalog_that_owns_the_root_loses_nothing_that_it_knows(case: Case) -> None:
+    with ts.open_store(case.root, create=False) as store:
+        before = store._catalog.whole_history()
+        report = store.rebuild_catalog()
+        assert report.unreadable == ()
+        assert report.commits == len(before.commits)
+        after = store._catalog.whole_history()
+        assert [one.commit for one in after.commits] == [one.commit for one in before.commits]
+        assert (after.branches, after.tags) == (before.branches, before.tags)
+        case.assert_reads(store, case.expected["gone"], case.expected["lost"], everything=False)

@@ -115,8 +115,9 @@ class SqliteFile:
         try:
             if not shared:
                 _use_write_ahead_log(connection)
-            # FULL: a published commit survives a power cut, not only a crash of the process.
-            connection.execute("PRAGMA synchronous = FULL")
+            # A published commit survives a power cut, not only a crash of the process. Without a write-ahead log the
+            # removal of the journal is what commits; FULL would not flush it, and the journal could come back.
+            connection.execute("PRAGMA synchronous = EXTRA")
             connection.execute(f"PRAGMA foreign_keys = {'OFF' if self._migrating else 'ON'}")
             connection.execute("PRAGMA cache_size = -16384")
         except BaseException:

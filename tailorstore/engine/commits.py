@@ -108,8 +108,8 @@ class Commits:
                 # Known before it begins: after an interrupt the next commit must not use the memory of one that runs.
                 self._pending = pending
                 pending.start()
-            except BaseException:
-                if self._pending is None or self._pending.done():
+            except BaseException as error:
+                if self._pending is None or self._pending.give_up(error):
                     committer.abandon()
                 raise
             return pending

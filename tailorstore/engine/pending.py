@@ -30,23 +30,27 @@ class PendingCommit:
         self._thread = threading.Thread(
             target=self._run, args=(carry_out,), name=f"tailorstore-commit-{step}", daemon=False
         )
-        # Taken by the thread, or by whoever could not start it: after an interrupt nobody knows whether it runs.
+        # Taken by the thread, or by whoever gives it up: after an interrupt nobody knows whether it runs.
         self._begun = threading.Lock()
 
     def start(self) -> None:
         """Carry it out from now on.
 
         Raises:
-            BaseException: an interrupt, or no more threads. It is done, with that error, or goes on all the same.
+            BaseException: an interrupt, or no more threads; call :meth:`give_up` then.
         """
-        try:
-            self._thread.start()
-        except BaseException as error:
-            if self._begun.acquire(blocking=False):
-                self._told = True
-                self._error = error
-                self._finished.set()
-            raise
+        self._thread.start()
+
+    def give_up(self, error: BaseException) -> bool:
+        """Keep it from beginning, if it has not begun, and let it end with this error; return whether it has ended.
+
+        An interrupt may come at any moment, also before :meth:`start` does anything.
+        """
+        if self._begun.acquire(blocking=False):
+            self._told = True
+            self._error = error
+            self._finished.set()
+        return self.done()
 
     def done(self) -> bool:
         """Tell whether it has been published or has failed."""

@@ -6,14 +6,14 @@ from typing import TypeVar
 
 from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError, TailorError
 from tailorstore.domain.lines import Tip
-from tailorstore.domain.names import LAYERS_PREFIX, layer_component, manifest_key, ref_record_key
-from tailorstore.domain.records import CommitManifest, RefRecord, Standing
+from tailorstore.domain.names import LAYERS_PREFIX, layer_component, manifest_key, ref_record_key, version_prefix
+from tailorstore.domain.records import EXTRA_LAYER, CommitManifest, RefRecord, Standing
 from tailorstore.domain.replay import replay
 from tailorstore.domain.reports import IncompleteCommit, RebuildReport
 from tailorstore.storage.layers import GROUP_DOCUMENT
 from tailorstore.storage.manifests import manifest_ids, read_manifest, read_ref_record, ref_record_ids
 from tailorstore.storage.quarantine import read_quarantine
-from tailorstore.storage.threads import Job, run_jobs
+from tailorstore.storage.threads import Job, map_in_threads, run_jobs
 from tailorstore.storage.transport import Objects
 
 Document = TypeVar("Document")
@@ -83,7 +83,9 @@ def read_history(
     records |= {one.id: one for one in more_records}
     bad_manifests = tuple(one for one in bad_manifests if one not in manifests)
     bad_records = {one: error for one, error in bad_records.items() if one not in records}
-    strange = [name for name, one in manifests.items() if store_id not in (None, one.binding.store_id)]
+    strange = {name for name, one in manifests.items() if store_id not in (None, one.binding.store_id)}
+    # Of those that are given it is known that they were published.
+    strange |= _swept(objects, manifests, records.values()) - {one.commit.id for one in more_manifests}
     replayed = replay([one for name, one in manifests.items() if name not in strange], list(records.values()))
     bad_manifests = (*bad_manifests, *replayed.contradictory)
     unplaced: dict[str, Standing] = dict.fromkeys([*replayed.unplaced, *strange], "unplaced")
@@ -117,6 +119,29 @@ def read_records(objects: Objects) -> tuple[dict[str, RefRecord], dict[str, Tail
         Those that can be read, by id, and why the others cannot be understood.
     """
     return _read_all(objects, sorted(ref_record_ids(objects)), read_ref_record)
+
+
+def _swept(objects: Objects, manifests: Mapping[str, CommitManifest], records: Iterable[RefRecord]) -> set[str]:
+    """Return the ids of commits whose manifest came when GC had taken all that they had written.
+
+    So it is with a commit that stood still until the grace period had passed, while another catalog owned the root: it
+    was refused, and as the newest of its branch it would be taken for one that was about to be published. Those that
+    others were built on, or whose parent is gone, so that they alone hold the layers before them, are none of these.
+    """
+    built_on = {one.commit.parent for one in manifests.values()} | {record.commit for record in records}
+    newest = [one for name, one in manifests.items() if name not in built_on]
+
+    def is_swept(manifest: CommitManifest) -> bool:
+        commit = manifest.commit
+        own = (one.layer for one in manifest.versions.values() if one.version_id == commit.id)
+        # What every commit writes comes first: where it is there, one request tells.
+        first = sorted(own, key=lambda layer: layer != EXTRA_LAYER)
+        documents = (version_prefix(layer, commit.id) + GROUP_DOCUMENT for layer in first)
+        parent_is_there = commit.parent is None or commit.parent in manifests
+        return parent_is_there and not any(map(objects.exists, documents))
+
+    swept = map_in_threads(is_swept, newest, objects.workers) if newest else []
+    return {one.commit.id for one, gone in zip(newest, swept, strict=True) if gone}
 
 
 def find_incomplete(objects: Objects, manifests: Iterable[CommitManifest]) -> tuple[IncompleteCommit, ...]:

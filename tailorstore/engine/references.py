@@ -59,3 +59,5 @@ def _record(
     when: datetime,
 ) -> None:
     write_ref_record(session.objects, RefRecord(record_id, kind, name, commit_id, when))
+    # Whoever took the root over before this was on record may have read the records without it.
+    check_binding(session.objects, session.binding)

@@ -4,8 +4,9 @@ A take-over reads nothing but the root. Where this has lost manifests or records
 without a word.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import RefNotFoundError
@@ -30,6 +31,10 @@ class Salvage:
         manifests = (manifest_key(one.commit.id) for one in self.manifests)
         return tuple(sorted([*manifests, *(ref_record_key(one.id) for one in self.records)]))
 
+    def without(self, commit_ids: Collection[str]) -> "Salvage":
+        """Return it without the manifests of some commits."""
+        return replace(self, manifests=tuple(one for one in self.manifests if one.commit.id not in commit_ids))
+
 
 def find_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
     """Return what only the catalog knows; changes nothing.
@@ -43,17 +48,13 @@ def find_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
     """
     before = catalog.whole_history()
     lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
-    manifests: list[CommitManifest] = []
-    for commit_id in lost:
-        try:
-            manifests.append(manifest_of(catalog, commit_id))
-        except RefNotFoundError:
-            continue  # expired since
-    return Salvage(tuple(manifests), read_changes(objects, catalog, before).missing)
+    return Salvage(_manifests_of(catalog, lost), read_changes(objects, catalog, before).missing)
 
 
-def write_salvage(objects: Objects, catalog: StoreCatalog) -> tuple[str, ...]:
-    """Write what only the catalog knows into the root, and return the keys; a crash leaves some of it done.
+def write_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
+    """Write what only the catalog knows into the root, and return it; a crash leaves some of it done.
+
+    A listing may not show yet what was written just now, so whoever reads the root next takes it from here.
 
     Args:
         objects: the root.
@@ -64,9 +65,17 @@ def write_salvage(objects: Objects, catalog: StoreCatalog) -> tuple[str, ...]:
     """
     before = catalog.whole_history()
     lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
-    written = [manifest_key(one) for one in lost if write_manifest_again(objects, catalog, one)]
+    written = [one for one in lost if write_manifest_again(objects, catalog, one)]
     found, _ = record_again(objects, catalog, before)
-    return tuple(sorted([*written, *(ref_record_key(one.id) for one in found.missing)]))
+    return Salvage(_manifests_of(catalog, written), found.missing)
+
+
+def _manifests_of(catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[CommitManifest, ...]:
+    found: list[CommitManifest] = []
+    for commit_id in commit_ids:
+        with suppress(RefNotFoundError):  # expired since
+            found.append(manifest_of(catalog, commit_id))
+    return tuple(found)
 
 
 def _lost_manifests(objects: Objects, catalog: StoreCatalog, commit_ids: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Who owns what: a root, the catalog that answers for it, and the claims that this process has on both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from tailorstore.catalog.catalog import StoreCatalog
@@ -152,8 +152,10 @@ class Session:
         if self._opened.owned or fingerprint(self.objects) == self._opened.seen:
             return False
         copy = open_copy(self.objects, self._found_binding())
+        # The catalog that was asked for is as far behind as before, unless the root has another owner by now.
+        outdated = self._opened.outdated if copy.binding == self.binding else None
         self._leave()
-        self._use(copy)
+        self._use(replace(copy, outdated=outdated))
         return True
 
     def _found_binding(self) -> Binding:
@@ -184,14 +186,16 @@ class Session:
             history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
             incomplete = find_incomplete(self.objects, history.commits)
             return history.report(found.epoch, incomplete, kept.keys, dry_run=True)
-        written = write_salvage(self.objects, self.catalog) if owned else ()
+        kept = write_salvage(self.objects, self.catalog) if owned else Salvage()
         catalog = make_catalog(self._catalog_url)
         try:
             binding = catalog.claim(found.store_id, self.objects.url, found.epoch)
             # Claim first, read after: whoever owned the root writes a manifest before it looks who owns the root, so
             # what it still publishes is among the manifests, and all else it finds refused.
             write_binding(self.objects, binding, replace=True)
-            history = read_history(self.objects, found.store_id)
+            # Nothing is expired any more, and what was since it was written must not come back.
+            kept = kept.without(self.catalog.unknown_commits(one.commit.id for one in kept.manifests))
+            history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
             incomplete = find_incomplete(self.objects, history.commits)
             store = load_history(catalog, binding, self.objects, history)
         except BaseException:
@@ -199,7 +203,7 @@ class Session:
             raise
         self._leave()
         self._use(Opened(catalog, store, binding, owned=True))
-        return history.report(binding.epoch, incomplete, written, dry_run=False)
+        return history.report(binding.epoch, incomplete, kept.keys, dry_run=False)
 
     def close(self) -> None:
         """Give leases back and close connections."""

@@ -195,8 +195,9 @@ class LocalObjects:
         """Remove the directories of these keys that are empty, and those above that become so."""
         # The deepest first: a directory's name is longer than those of the directories that hold it.
         for directory in sorted(parents_of(keys), key=len, reverse=True):
-            # Not empty, or somebody was faster: either is fine.
+            # Not empty, behind a link, or somebody was faster: all is fine.
             with contextlib.suppress(OSError):
+                self._refuse_links(os.path.dirname(directory))
                 os.rmdir(self._base + directory)
 
     def confirm(self, sizes: Mapping[str, int]) -> None:

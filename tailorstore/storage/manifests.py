@@ -148,7 +148,8 @@ def write_manifest(objects: Objects, manifest: CommitManifest, *, replace: bool 
     if replace:
         objects.replace(key, data)
     else:
-        objects.confirm({key: objects.put(key, data)})
+        objects.put(key, data)
+    objects.confirm({key: len(data)})
     return key
 
 

@@ -21,7 +21,7 @@ TRANSPORTS = (None, "obstore", "fsspec")
 def open_objects(
     url: "str | os.PathLike[str]", storage_options: Mapping[str, Any] | None = None, transport: str | None = None
 ) -> Objects:
-    """Return the transport for a root; all but plain local files are asked again where they do not answer.
+    """Return the transport for a root; all but local files are asked again where they do not answer.
 
     Nothing is read or created yet.
 
@@ -45,7 +45,9 @@ def open_objects(
         from tailorstore.storage.local import LocalObjects
 
         return LocalObjects(rest)
-    return Retrying(_open_remote(root, protocol, options, transport), _patience(options))
+    objects = _open_remote(root, protocol, options, transport)
+    # A flush of a local file that failed goes well when it is repeated, without the bytes that were lost.
+    return objects if protocol == "file" else Retrying(objects, _patience(options))
 
 
 def _open_remote(root: str, protocol: str, options: Mapping[str, Any], transport: str | None) -> Objects:

@@ -241,7 +241,7 @@ def test_sqlite_is_set_to_survive_a_power_cut(tmp_path: Path) -> None:
         names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         return [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
 
-    assert database.read(pragmas) == ["wal", 2, 1, 30_000]
+    assert database.read(pragmas) == ["wal", 3, 1, 30_000]
     database.close()
     catalog.close()
 

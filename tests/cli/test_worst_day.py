@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.cli.conftest import Run, answer, refusal
+from tests.cli.conftest import Run, answer
+from tests.kit.damage import flip
 
 
 def commit_of(run: Run, step: int) -> str:
@@ -16,38 +17,48 @@ def record_of(root: Path, name: str) -> Path:
     return record
 
 
-def test_a_rebuild_that_would_lose_commits_is_refused_until_their_manifests_are_there(run: Run, root: Path) -> None:
+def test_a_rebuild_by_the_owner_loses_nothing_that_it_knows(run: Run, root: Path) -> None:
     manifest = root / "commits" / f"{commit_of(run, 40)}.json"
     kept = json.loads(manifest.read_text())
     manifest.unlink()
-    found = refusal(run("rebuild", "--yes", "--json"))
-    assert found["error"] == "conflict"
-    assert "1 commit" in found["message"]
-    assert "verify --repair" in found["message"]
-    assert "1 commit" in run("rebuild", "--dry-run").stdout
-    assert commit_of(run, 40) == manifest.stem
-
+    record_of(root, "best").unlink()
     verified = run("verify")
     assert verified.exit_code == 5
     assert "a rebuild of the catalog would not find it" in verified.stdout
-    assert run("verify", "--repair").exit_code == 0
+    assert "A rebuild would not find as they are: tag best. 'tailorstore verify --repair' records them" in (
+        verified.stdout
+    )
+    before, said = answer(run("log", "--json")), run("rebuild", "--dry-run").stdout
+    assert "holds 5 commits" in said
+    assert "Would write 2 documents again first, which the root had lost" in said
+    assert not manifest.exists()
+    assert "Wrote 2 documents again first" in run("rebuild", "--yes").stdout
+    assert answer(run("log", "--json")) == before
     assert json.loads(manifest.read_text()) | {"checksum": ""} == kept | {"checksum": ""}
-    assert run("rebuild", "--yes").exit_code == 0
-    assert commit_of(run, 40) == manifest.stem
+    assert run("show", "best").exit_code == 0
+    assert run("verify").exit_code == 0
 
 
-def test_a_rebuild_says_which_names_it_loses(run: Run, root: Path) -> None:
-    record_of(root, "best").unlink()
-    said = run("rebuild", "--yes").stdout
-    assert "loses the tag best" in said
-    assert "branch" not in said.partition("loses")[2]
-    assert run("show", "best").exit_code == 3
-    assert run("tag", "best", "20").exit_code == 0
+def test_repair_says_which_names_it_recorded(run: Run, root: Path) -> None:
+    record = record_of(root, "best")
+    flip(record)
+    found = run("verify")
+    assert found.exit_code == 5
+    assert f"refs/{record.name}" in found.stdout.replace("\n", "")
+    assert "(tag or branch)" in found.stdout
+    mended = run("verify", "--repair")
+    assert mended.exit_code == 0
+    assert "Recorded again: tag best." in mended.stdout
+    assert "Made" not in mended.stdout
+    assert not record.exists()
+    assert "Everything is as it was written" in run("verify").stdout
 
 
 def test_a_record_that_cannot_be_read_is_listed_with_what_it_may_mean(run: Run, root: Path) -> None:
     record = record_of(root, "best")
     record.write_text("{")
+    for left in root.glob("catalog.sqlite*"):
+        left.unlink()
     said = run("rebuild", "--dry-run").stdout
     assert f"Could not read refs/{record.name}. A branch or tag may stand elsewhere" in said
 

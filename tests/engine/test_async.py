@@ -158,6 +158,26 @@ def test_a_program_that_ends_says_that_its_last_commit_failed(tmp_path: Path) ->
     assert "step 1" in done.stderr
 
 
+def test_an_interrupt_just_before_a_commit_begins_leaves_nothing_to_wait_for(
+    store: ts.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_pending: ts.PendingCommit) -> None:
+        raise KeyboardInterrupt
+
+    model = {"a.w": torch.ones(8)}
+    with monkeypatch.context() as patch:
+        patch.setattr(ts.PendingCommit, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.commit(1, model, block=False)
+    found: list[ts.Commit] = []
+    # In a thread that need not end: what this is about is a wait without end.
+    thread = threading.Thread(target=lambda: found.append(store.commit(2, model)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [commit.step for commit in found] == [2]
+    assert [commit.step for commit in store.log()] == [2]
+
+
 def test_staging_memory_is_reused(store: ts.Store) -> None:
     model = gpt()
     store.commit(1, model, block=False).result(60)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,12 +12,19 @@ import torch
 
 import tailorstore as ts
 from tailorstore.domain.errors import (
+    CatalogOutdatedError,
     FormatTooNewError,
     NotAStoreError,
     RootTakenError,
     StoreNotFoundError,
 )
+from tailorstore.domain.names import manifest_key
+from tailorstore.domain.records import RefRecord
+from tailorstore.storage.local import LocalObjects
+from tailorstore.storage.manifests import write_ref_record
+from tailorstore.storage.transport import ObjectInfo, Objects
 from tests.conftest import Root
+from tests.kit.audit import refs
 
 
 def weights(value: float) -> dict[str, torch.Tensor]:
@@ -185,3 +194,64 @@ def test_a_taken_root_is_found_even_when_the_take_over_comes_in_the_middle(
     with ts.open_store(tmp_path / "root", catalog=f"sqlite:///{tmp_path}/other.db") as second:
         assert [commit.step for commit in second.log()] == [1]
         assert second.verify().ok
+
+
+def test_a_name_that_a_take_over_may_have_missed_is_not_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = f"sqlite:///{tmp_path}/other.db"
+
+    def write_too_late(objects: Objects, record: RefRecord) -> str:
+        with ts.open_store(tmp_path / "root", catalog=other) as second:
+            second.rebuild_catalog()
+        return write_ref_record(objects, record)
+
+    with ts.open_store(tmp_path / "root") as first:
+        first.commit(1, weights(1))
+        monkeypatch.setattr("tailorstore.engine.references.write_ref_record", write_too_late)
+        # The new owner knows nothing of the tag, and its GC would drop the commit.
+        with pytest.raises(RootTakenError):
+            first.tag("best")
+
+
+def test_a_rebuild_by_the_owner_needs_no_listing_to_show_what_it_has_just_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ts.open_store(tmp_path / "root") as store:
+        for step in (1, 2, 3):
+            store.commit(step, weights(step))
+        store.tag("best", 2)
+        before, commits, began = refs(store), store.log(), time.time()
+        for document in (tmp_path / "root" / "refs").iterdir():
+            document.unlink()
+        for commit in commits[:2]:
+            (tmp_path / "root" / manifest_key(commit.id)).unlink()
+        listing = LocalObjects.list
+
+        def lagging(objects: LocalObjects, prefix: str = "", *, after: str = "") -> Iterator[ObjectInfo]:
+            for info in listing(objects, prefix, after=after):
+                if info.modified is not None and info.modified.timestamp() < began:
+                    yield info
+
+        monkeypatch.setattr(LocalObjects, "list", lagging)
+        assert len(store.rebuild_catalog().written) == 3
+        assert (refs(store), store.log()) == (before, commits)
+
+
+def test_a_store_goes_on_saying_that_its_catalog_is_outdated_when_others_publish(tmp_path: Path) -> None:
+    root, newer = tmp_path / "root", f"sqlite:///{tmp_path}/newer.db"
+    with ts.open_store(root) as store:
+        store.commit(1, weights(1))
+    shutil.copy(root / "catalog.sqlite", tmp_path / "backup.db")
+    with ts.open_store(root) as store:
+        store.commit(2, weights(2))
+    shutil.move(root / "catalog.sqlite", tmp_path / "newer.db")
+    shutil.copy(tmp_path / "backup.db", root / "catalog.sqlite")
+    with ts.open_store(root) as outdated:
+        with pytest.raises(CatalogOutdatedError):
+            outdated.commit(3, weights(3))
+        with ts.open_store(root, catalog=newer) as owner:
+            owner.commit(3, weights(3))
+        assert [commit.step for commit in outdated.log()] == [3, 2, 1]
+        with pytest.raises(CatalogOutdatedError):
+            outdated.commit(4, weights(4))

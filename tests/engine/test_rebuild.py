@@ -420,8 +420,17 @@ def test_a_root_that_was_restored_from_a_backup_is_reported_and_goes_on(tmp_path
     with ts.open_store(root, catalog=url, branch="again") as store:
         store.commit(3, weights(3))
         assert store.checkout().model_state_dict()["b.w"][0] == 3
-        # A rebuild forgets what the root has lost.
-        store.rebuild_catalog()
+        # What the catalog alone still knows of is not forgotten, and said to be without its layers.
+        rebuilt = store.rebuild_catalog()
+        assert rebuilt.written[:1] == (manifest_key(lost.id),)
+        assert [(one.id, one.layers) for one in rebuilt.incomplete] == [(lost.id, ("@extra", "a", "b"))]
+        assert [commit.step for commit in store.log()] == [3, 1]
+        assert store.verify("again").ok
+        assert store.log("main")[0] == lost
+    # A rebuild from the root alone forgets what the root has lost.
+    (root / manifest_key(lost.id)).unlink()
+    with ts.open_store(root, catalog=f"sqlite:///{tmp_path}/new.db", branch="again") as store:
+        assert store.rebuild_catalog().written == ()
         assert [commit.step for commit in store.log()] == [3, 1]
         assert store.verify().ok
 

@@ -274,6 +274,28 @@ def test_the_next_commit_heals_what_its_mask_leaves_out(
     store.close()
 
 
+def test_the_others_are_measured_although_one_is_tied_to_a_layer_in_quarantine(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tied(step: int) -> dict[str, torch.Tensor]:
+        state = weights(step)
+        return {**state, "b.tied": state["a.w"]}
+
+    with ts.open_store(root, branch="tied", chunk_bytes=1024) as store:
+        store.commit(1, tied(1))
+        assert store.checkout().documents()["a"].content["aliases"] == {"b.tied": "a.w"}
+        remove(files_of(root, prefix_of(store, "a"), "group")[0])
+        store.verify(repair=True)
+    caplog.clear()
+    with ts.open_store(root, branch="tied") as store:
+        commit = store.commit(2, tied(2), mask=[])
+        assert caplog.records == []
+        measures = store._catalog.measures_of(commit.id)
+        assert [name for name, one in sorted(measures.items()) if one.drift is None] == ["a"]
+        assert commit.layers_written == ("a",)
+        assert_same({"b.tied": store.checkout().model_state_dict()["b.tied"]}, {"b.tied": weights(2)["a.w"]})
+
+
 def test_without_repair_a_damaged_layer_that_did_not_change_is_not_written(root: Path) -> None:
     """What the others show would mean nothing if it were."""
     with open_small(root) as store:

@@ -200,7 +200,7 @@ def ref_record_missing(store: Victim) -> None:
 
 @damage
 def half_written_record(store: Victim) -> None:
-    """As a process leaves it that is killed while it names a commit."""
+    """As a process may leave it that is killed while it names a commit, where files cannot be renamed."""
     whole = store.record("best")
     half = whole.with_name(f"{new_id()}.json")
     half.write_bytes(whole.read_bytes()[:100])

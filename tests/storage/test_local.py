@@ -1,5 +1,6 @@
 """Local roots when the disk says no: the same answers from every transport."""
 
+import errno
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ from tailorstore.domain.errors import (
     AlreadyExistsError,
     InvalidInputError,
     StorageFullError,
+    StorageUnavailableError,
     TailorError,
 )
 from tailorstore.storage.local import LocalObjects
@@ -190,6 +192,14 @@ def test_deleting_takes_empty_directories_along_but_never_the_root(tmp_path: Pat
     assert list((tmp_path / "root").iterdir()) == []
 
 
+def test_deleting_takes_no_directories_behind_a_link_along(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/a").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/layers").symlink_to(tmp_path / "elsewhere")
+    assert len(LocalObjects(str(tmp_path / "root")).delete(["layers/a/zarr.json"])) == 1
+    assert (tmp_path / "elsewhere/a").is_dir()
+
+
 def test_sockets_pipes_and_links_to_directories_are_no_objects(tmp_path: Path) -> None:
     objects = LocalObjects(str(tmp_path))
     objects.put("a/b", b"x")
@@ -208,6 +218,26 @@ def test_opening_makes_nothing(tmp_path: Path) -> None:
         with pytest.raises(TailorError):
             objects.get("tailorstore.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_flush_that_failed_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str | None
+) -> None:
+    objects = open_objects(tmp_path / "root", transport=transport)
+    objects.put("a", b"x")
+    real, failed = os.fsync, list[int]()
+
+    def fail_once(descriptor: int) -> None:
+        # As the kernel does: it tells once that bytes were lost, and the next flush goes well without them.
+        if not failed:
+            failed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StorageUnavailableError):
+        objects.confirm({"a": 1})
 
 
 def test_confirming_flushes_files_then_directories_up_to_the_mount_point(
