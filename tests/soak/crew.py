@@ -45,7 +45,7 @@ class Setting:
     """One, or several that take the root over from each other."""
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     lease: timedelta = timedelta(seconds=6)
-    grace: timedelta = timedelta(seconds=8)
+    grace: timedelta = timedelta(seconds=5)
     keep_last: int = 4
     seed: int = 0
 
@@ -296,8 +296,9 @@ def _read_one(member: Member, store: ts.Store, *, leased: bool) -> None:
             with store.checkout(ref) as checkpoint:
                 owner = not setting.contested or _owns(store)
                 if leased and member.dice.random() < 0.3:
-                    longest = setting.lease if not setting.contested else setting.grace / 4
-                    member.rest(longest.total_seconds() * member.dice.uniform(0.2, 1.5))
+                    # Longer than what nobody holds is left alone; where catalogs contend, leases protect less.
+                    share = 0.2 if setting.contested else 2.0
+                    member.rest(setting.grace.total_seconds() * share)
                     member.count("held under a lease")
                 _compare(member, checkpoint)
         except IntegrityError as error:
