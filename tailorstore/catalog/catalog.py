@@ -13,7 +13,7 @@ from tailorstore.catalog.history import History
 from tailorstore.catalog.naming import Naming
 from tailorstore.catalog.refs import Resolving
 from tailorstore.catalog.schema import check_revision, migrate, read_revision
-from tailorstore.catalog.tables import catalog, commits, leases, pending, stores
+from tailorstore.catalog.tables import catalog, commits, leases, pending, receipts, stores, withdrawn
 from tailorstore.catalog.takeover import TakingOver
 from tailorstore.catalog.urls import parse_url
 from tailorstore.catalog.verifying import Verifying
@@ -164,7 +164,7 @@ class Catalog:
             branches: name to its head, and the line that its next commit goes to.
             tags: name to commit id.
             quarantine: layer component and version id of damaged versions, to what was found.
-            withdrawn: ids of commits of which there is a manifest, but which are not published, to the reason.
+            withdrawn: ids of commits that left something in the root, but are not published, to the reason.
 
         Raises:
             RootTakenError: the catalog has the store at a later epoch: another take-over came after this one.
@@ -241,7 +241,8 @@ def upgrade(url: str) -> tuple[str | None, str]:
 
 def _look(database: Database, connection: Connection) -> str:
     check_revision(read_revision(connection), database.url)
-    database.find_out_whether_read_only(connection, (commits.name, leases.name, pending.name, stores.name))
+    written = (commits, leases, pending, receipts, stores, withdrawn)
+    database.find_out_whether_read_only(connection, tuple(table.name for table in written))
     catalog_id: str | None = connection.scalar(select(catalog.c.catalog_id))
     if catalog_id is None:
         msg = f"the catalog {database.url.shown} has no identity; run `tailorstore upgrade --catalog URL`"

@@ -152,7 +152,6 @@ class Database:
         while True:
             committing = False
             refusal = None
-            patience.begin()
             try:
                 self._check_file()
                 with engine.connect() as connection, connection.begin() as transaction:
@@ -198,14 +197,14 @@ class _Outage:
         self.patience = OUTAGE_SECONDS
         self._began = None
 
-    def is_too_long(self, asked: float) -> bool:
-        """Note that it did not answer what it was asked at a time; tell whether it has been waited for long enough.
+    def is_too_long(self, since: float) -> bool:
+        """Note that it did not answer one who asks ``since`` a time; tell whether it has been waited for long enough.
 
         So a commit that fails gives its claim up at once, and closing the store takes no further minute.
         """
         now = time.monotonic()
         # If nobody asked for a while, it may well have been there in between.
-        if self._began is None or asked - self._seen > self.patience:
+        if self._began is None or since - self._seen > self.patience:
             self._began = now
         self._seen = now
         return now - self._began > self.patience
@@ -216,18 +215,15 @@ class _Patience:
 
     def __init__(self, outage: _Outage) -> None:
         self._outage = outage
-        self._locked = time.monotonic() + LOCK_SECONDS
-        self._asked = 0.0
+        self._began = time.monotonic()
         self._attempts = 0
-
-    def begin(self) -> None:
-        """Note that an attempt begins."""
-        self._asked = time.monotonic()
 
     def is_over(self, kind: Obstacle) -> bool:
         """Note a failed attempt; tell whether it was the last one."""
         self._attempts += 1
-        return self._outage.is_too_long(self._asked) if kind == "outage" else time.monotonic() > self._locked
+        if kind == "outage":
+            return self._outage.is_too_long(self._began)
+        return time.monotonic() - self._began > LOCK_SECONDS
 
     def pause(self) -> float:
         """Return how many seconds to wait before the next one: doubling, and by chance, so that two part."""

@@ -29,9 +29,10 @@ WRITES = "tailorstore_writes"
 _OLDEST = (3, 35, 0)
 """The first with RETURNING."""
 
-NETWORK_FILE_SYSTEMS = frozenset(
-    ["9p", "afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "smb3", "vboxsf", "virtiofs"]
-)
+NETWORK_FILE_SYSTEMS = frozenset({
+    "9p", "afs", "beegfs", "ceph", "cifs", "gfs2", "gpfs", "lustre", "nfs", "nfs4", "ocfs2", "orangefs", "panfs",
+    "pvfs2", "smb3", "vboxsf", "virtiofs",
+})  # fmt: skip
 """Several machines may use the file at once there, which share no memory, as the write-ahead log wants them to."""
 
 _MOUNTS = Path("/proc/self/mountinfo")

@@ -60,6 +60,16 @@ class Standings(Scope):
         )
         return found
 
+    def unplaced_within(self, grace: timedelta) -> set[str]:
+        """Return the ids that a take-over withdrew as unplaced since ``grace`` ago, by the catalog's clock."""
+
+        def work(connection: Connection) -> set[str]:
+            since = self._database.now(connection) - grace
+            mine = (withdrawn.c.store_pk == self._pk) & (withdrawn.c.reason == "unplaced")
+            return set(connection.scalars(select(withdrawn.c.commit_id).where(mine, withdrawn.c.withdrawn_at > since)))
+
+        return self._read(work)
+
     def forget_withdrawn(self, present: Set[str], grace: timedelta) -> int:
         """Forget ids that were withdrawn longer than ``grace`` ago and of which nothing is left; returns how many.
 

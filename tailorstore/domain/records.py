@@ -173,8 +173,8 @@ class CommitManifest:
 Standing = Literal["announced", "published", "voided", "abandoned", "expired", "unplaced", "unreadable"]
 """What a catalog knows of a commit id.
 
-``voided``: its lease lapsed; ``abandoned``: its writer gave it up; ``unplaced``, ``unreadable``: a rebuild found a
-manifest of it that was never published, or that says nothing.
+``voided``: its lease lapsed; ``abandoned``: its writer gave it up; ``unplaced``: a rebuild found a manifest of it that
+was never published, or layers and no manifest; ``unreadable``: it found one that says nothing.
 """
 
 

@@ -24,6 +24,8 @@ class RebuildReport:
     tags: tuple[str, ...]
     unplaced: tuple[str, ...] = ()
     """Ids of commits that lost a race or were never published, and whose manifest was left behind."""
+    unclaimed: tuple[str, ...] = ()
+    """Ids of commits that wrote layers and have no manifest: it was lost, or they never got so far."""
     unreadable: tuple[str, ...] = ()
     """Keys of documents that could not be understood. GC leaves alone what was written under their ids."""
     incomplete: tuple[IncompleteCommit, ...] = ()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import TailorError
+from tailorstore.domain.errors import FormatTooNewError, TailorError
 from tailorstore.domain.names import new_id, ref_record_key
 from tailorstore.domain.records import Damage, RefRecord
 from tailorstore.domain.replay import Replayed, replay
@@ -29,6 +29,11 @@ class Changes:
     """Ids of those that cannot be understood, and why."""
     missing: tuple[RefRecord, ...]
     """What would have to be on record for a rebuild to find each name where it is."""
+
+    @property
+    def too_new(self) -> frozenset[str]:
+        """Ids of those that a newer version of tailorstore wrote: nobody here may replace or delete them."""
+        return frozenset(one for one, error in self.unreadable.items() if isinstance(error, FormatTooNewError))
 
     def damages(self, url: str) -> tuple[Damage, ...]:
         """Return the records that cannot be read, as damage."""
@@ -70,7 +75,7 @@ def read_changes(objects: Objects, catalog: StoreCatalog, before: Replayed | Non
 
 
 def record_again(objects: Objects, catalog: StoreCatalog, before: Replayed) -> tuple[Changes, Changes]:
-    """Record what is missing; then delete the records that cannot be read, once nothing at all depends on them.
+    """Record what is missing; then delete the damaged records, once nothing at all depends on them.
 
     A crash leaves some of it done; do it again.
 
@@ -84,14 +89,16 @@ def record_again(objects: Objects, catalog: StoreCatalog, before: Replayed) -> t
     """
     found = read_changes(objects, catalog, before)
     for record in found.missing:
-        write_ref_record(objects, record)
+        if record.id not in found.too_new:
+            write_ref_record(objects, record)
     if not found.missing and not found.unreadable:
         return found, found
     left = read_changes(objects, catalog)
     if left.missing:
         return found, left
-    failed = {failure.key for failure in objects.delete([ref_record_key(one) for one in left.unreadable])}
-    kept = {one: error for one, error in left.unreadable.items() if ref_record_key(one) in failed}
+    going = [ref_record_key(one) for one in left.unreadable.keys() - left.too_new]
+    gone = set(going) - {failure.key for failure in objects.delete(going)}
+    kept = {one: error for one, error in left.unreadable.items() if ref_record_key(one) not in gone}
     return found, Changes(left.read, kept, ())
 
 

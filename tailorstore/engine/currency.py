@@ -22,7 +22,7 @@ CLOCKS_APART = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class Unheard:
     """Manifests about which a catalog has no word."""
 
     newer: Mapping[str, CommitManifest]
@@ -48,11 +48,11 @@ def find_newer(objects: Objects, catalog: StoreCatalog, binding: Binding, *, eve
     # Listed first and asked after: what is announced in between is in no listing.
     listed = list(manifest_ids(objects, after=after))
     known = catalog.standings(listed)
-    unknown = sort_unknown(objects, [one for one in listed if one not in known], binding)
-    return sorted(unknown.newer.values(), key=lambda one: (one.commit.created_at, one.commit.id))
+    unheard = sort_unheard(objects, [one for one in listed if one not in known], binding)
+    return sorted(unheard.newer.values(), key=lambda one: (one.commit.created_at, one.commit.id))
 
 
-def sort_unknown(objects: Objects, commit_ids: Sequence[str], binding: Binding) -> Unknown:
+def sort_unheard(objects: Objects, commit_ids: Sequence[str], binding: Binding) -> Unheard:
     """Read manifests about which a catalog has no word, and tell by whom they were written."""
     found, unreadable = read_manifests(objects, commit_ids)
     newer = {
@@ -61,7 +61,7 @@ def sort_unknown(objects: Objects, commit_ids: Sequence[str], binding: Binding) 
         if manifest.binding.store_id == binding.store_id
         and (manifest.binding == binding or manifest.binding.epoch > binding.epoch)
     }
-    return Unknown(newer, frozenset(unreadable), frozenset(found.keys() - newer.keys()))
+    return Unheard(newer, frozenset(unreadable), frozenset(found.keys() - newer.keys()))
 
 
 def check_current(objects: Objects, catalog: StoreCatalog, binding: Binding) -> None:

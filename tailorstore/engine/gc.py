@@ -26,7 +26,7 @@ from tailorstore.domain.names import (
 )
 from tailorstore.domain.records import Binding, GcReport, LayerVersion
 from tailorstore.domain.retention import RetentionPolicy, decide
-from tailorstore.engine.currency import check_current, sort_unknown
+from tailorstore.engine.currency import check_current, sort_unheard
 from tailorstore.engine.publish import check_binding
 from tailorstore.engine.storage_clock import StorageClock
 from tailorstore.storage.manifests import read_manifest
@@ -121,7 +121,8 @@ def collect(
         binding: what the root must say.
         policy: which commits to keep; ``None`` keeps every commit and only sweeps.
         dry_run: plan and report; change nothing.
-        grace: how long an object that nothing refers to is left alone.
+        grace: how long an object that nothing refers to is left alone; that of which a take-over found no manifest, or
+            none that it could place, also since then: till then it may have been a published commit's.
         progress: is told how far it is.
 
     Raises:
@@ -182,6 +183,8 @@ class _Sweep:
         self._tell = tell
         self._now: datetime | None = None
         """By the storage's clock, which tells how old objects are."""
+        self._fresh: Set[str] = frozenset()
+        """Ids of commits that a take-over has found something of, just now, and could not place."""
 
     def run(self, expired: Set[str]) -> None:
         """Sweep; ``expired`` are the ids of commits that this run dropped from the catalog."""
@@ -190,6 +193,7 @@ class _Sweep:
         listing = self._list()
         doomed = {(layer_component(v.layer), v.version_id): v for v in self._catalog.doomed(self._grace)}
         unknown = self._catalog.unknown_versions(list(listing.versions), as_if_voided=self._dry_run)
+        self._fresh = self._catalog.unplaced_within(self._grace)
         # Manifests before layers: as long as there is a manifest, a catalog that is rebuilt from it believes in its
         # layers. What a manifest that stays refers to is left alone.
         held, unclear = self._sweep_manifests(listing, expired)
@@ -198,7 +202,7 @@ class _Sweep:
             return pair in held or pair[1] in unclear
 
         self._sweep_doomed({pair: version for pair, version in doomed.items() if not is_held(pair)}, listing)
-        leftovers = [pair for pair in unknown if not is_held(pair) and self._old_enough(listing.versions[pair])]
+        leftovers = [pair for pair in unknown if not is_held(pair) and self._may_go(pair[1], listing.versions[pair])]
         self._sweep_leftovers([listing.versions[pair] for pair in leftovers])
         self._sweep_leftovers([one for one in listing.replacements if self._old_enough(one)])
         if not self._dry_run:
@@ -227,12 +231,12 @@ class _Sweep:
             say: what was written under these ids may be all that is left of a commit.
         """
         known = self._catalog.standings(listing.manifests, as_if_voided=self._dry_run)
-        strange = sort_unknown(self._objects, [one for one in listing.manifests if one not in known], self._binding)
+        strange = sort_unheard(self._objects, [one for one in listing.manifests if one not in known], self._binding)
         unclear = {one for one, standing in known.items() if standing == "unreadable"} | strange.unreadable
         dropped = {one for one, standing in known.items() if standing == "expired"} | expired
         withdrawn = {one for one, standing in known.items() if standing in ("voided", "abandoned", "unplaced")}
         unpublished = (withdrawn | dropped | strange.foreign) - unclear
-        going = [one for one in sorted(unpublished) if one in dropped or self._old_enough(listing.manifests[one])]
+        going = [one for one in sorted(unpublished) if one in dropped or self._may_go(one, listing.manifests[one])]
         # Of expired commits it is the layers that are counted: a dry run could not tell what else will go.
         groups = [replace(listing.manifests[i], size_bytes=0) if i in dropped else listing.manifests[i] for i in going]
         gone = self._delete(groups)
@@ -287,6 +291,10 @@ class _Sweep:
         gone = [failed.isdisjoint(group.keys) for group in batch]
         self.tally.bytes_freed += sum(group.size_bytes for group, done in zip(batch, gone, strict=True) if done)
         return gone
+
+    def _may_go(self, commit_id: str, found: _Found) -> bool:
+        """Tell whether something of a commit that was not published is old enough."""
+        return commit_id not in self._fresh and self._old_enough(found)
 
     def _old_enough(self, found: _Found) -> bool:
         # Where storage does not say how old an object is, it stays.

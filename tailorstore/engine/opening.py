@@ -227,7 +227,7 @@ def load_history(catalog: Catalog, binding: Binding, objects: Objects, history: 
         history.branches,
         history.tags,
         history.quarantine,
-        history.withdrawn,
+        {**dict.fromkeys(history.unclaimed, "unplaced"), **history.withdrawn},
     )
 
 

@@ -1,12 +1,19 @@
 """From the manifests in a root back to a catalog: what the documents amount to, and what of it can be read."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, MissingObjectError, TailorError
 from tailorstore.domain.lines import Tip
-from tailorstore.domain.names import LAYERS_PREFIX, layer_component, manifest_key, ref_record_key, version_prefix
+from tailorstore.domain.names import (
+    LAYERS_PREFIX,
+    is_id,
+    layer_component,
+    manifest_key,
+    ref_record_key,
+    version_prefix,
+)
 from tailorstore.domain.records import EXTRA_LAYER, CommitManifest, RefRecord, Standing
 from tailorstore.domain.replay import replay
 from tailorstore.domain.reports import IncompleteCommit, RebuildReport
@@ -34,15 +41,17 @@ class History:
     """Keys of documents that could not be understood."""
     quarantine: Mapping[tuple[str, str], str]
     """Layer component and version id of what is in quarantine, with what was found."""
+    incomplete: tuple[IncompleteCommit, ...] = ()
+    """Of the published commits; see :func:`compare_with_layers`."""
+    unclaimed: tuple[str, ...] = ()
+    """Ids of commits of which there are layers, of no use to any published one, and no manifest."""
 
     @property
     def unplaced(self) -> tuple[str, ...]:
         """Ids of commits that were not published: they lost a race, or their process died just before."""
         return tuple(commit_id for commit_id, why in self.withdrawn.items() if why == "unplaced")
 
-    def report(
-        self, epoch: int, incomplete: tuple[IncompleteCommit, ...], written: tuple[str, ...], *, dry_run: bool
-    ) -> RebuildReport:
+    def report(self, epoch: int, written: tuple[str, ...], *, dry_run: bool) -> RebuildReport:
         """Return what a take-over says of it."""
         held = (version for one in self.commits for version in (*one.versions.values(), *one.bases.values()))
         return RebuildReport(
@@ -51,8 +60,9 @@ class History:
             branches=tuple(sorted(self.branches)),
             tags=tuple(sorted(self.tags)),
             unplaced=self.unplaced,
+            unclaimed=self.unclaimed,
             unreadable=self.unreadable,
-            incomplete=incomplete,
+            incomplete=self.incomplete,
             written=written,
             epoch=epoch,
             dry_run=dry_run,
@@ -144,10 +154,14 @@ def _swept(objects: Objects, manifests: Mapping[str, CommitManifest], records: I
     return {one.commit.id for one, gone in zip(newest, swept, strict=True) if gone}
 
 
-def find_incomplete(objects: Objects, manifests: Iterable[CommitManifest]) -> tuple[IncompleteCommit, ...]:
-    """Return the commits of which layers are gone, as one flat listing tells: no object is read.
+def compare_with_layers(objects: Objects, history: History) -> History:
+    """Return a history with the commits of which layers are gone, and those of which only layers are there.
 
-    A layer is gone if the group document of its version, or of the base that this needs, is not there.
+    One flat listing tells, and no object is read: a version is there if its group document is. A layer is gone if its
+    version, or the base that this needs, is not there.
+
+    Raises:
+        UnavailableError, AccessDeniedError: the root cannot be read.
     """
     present: set[tuple[str, str]] = set()
     for info in objects.list(LAYERS_PREFIX):
@@ -156,13 +170,18 @@ def find_incomplete(objects: Objects, manifests: Iterable[CommitManifest]) -> tu
         if name == GROUP_DOCUMENT:
             present.add((component, version_id))
     incomplete: list[IncompleteCommit] = []
-    for manifest in manifests:
-        needed = (*manifest.versions.values(), *manifest.bases.values())
-        gone = {one.layer for one in needed if (layer_component(one.layer), one.version_id) not in present}
+    held: set[tuple[str, str]] = set()
+    for manifest in history.commits:
+        versions = (*manifest.versions.values(), *manifest.bases.values())
+        needed = {(layer_component(one.layer), one.version_id): one.layer for one in versions}
+        gone = {layer for pair, layer in needed.items() if pair not in present}
         if gone:
             commit = manifest.commit
             incomplete.append(IncompleteCommit(commit.id, commit.step, commit.branch, tuple(sorted(gone))))
-    return tuple(incomplete)
+        held |= needed.keys()
+    told_of = history.withdrawn.keys() | {one.commit.id for one in history.commits}
+    unclaimed = {version_id for _, version_id in present - held if is_id(version_id)} - told_of
+    return replace(history, incomplete=tuple(incomplete), unclaimed=tuple(sorted(unclaimed)))
 
 
 def _read_all(

@@ -1,7 +1,8 @@
 """Repair: make again what can be made again exactly, put what is damaged into quarantine, let out what is whole again.
 
 Nothing is re-pointed and no object of a layer is touched: a composite that holds a quarantined version says so, and the
-next commit that captures the layer writes it anew.
+next commit that captures the layer writes it anew. What a newer version of tailorstore wrote is left as it is, and does
+not go into quarantine: to that version it is whole.
 """
 
 from collections import defaultdict
@@ -55,7 +56,7 @@ def repair(objects: Objects, catalog: StoreCatalog, binding: Binding, verificati
     )
     left: dict[Pair, list[Damage]] = defaultdict(list)
     for damage in damages:
-        if damage.version_id is not None and not damage.mended:
+        if damage.version_id is not None and not damage.mended and damage.key not in verification.too_new:
             left[damage.layer, damage.version_id].append(damage)
     on_record = set(quarantine_records(objects))
     known = {*catalog.in_quarantine(), *(pair for pair in verification.versions if _place(pair) in on_record)}
@@ -114,6 +115,8 @@ class _Mender:
 
     def mend(self, damage: Damage) -> bool:
         """Make a damaged object again; returns whether it now is exactly what it should be."""
+        if damage.key in self._verification.too_new:
+            return False
         if damage.version_id is None:
             return write_manifest_again(self._objects, self._catalog, damage.commits[0])
         version = self._verification.versions.get((damage.layer, damage.version_id))

@@ -4,7 +4,7 @@ A take-over reads nothing but the root. Where this has lost manifests or records
 without a word.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import RefNotFoundError
 from tailorstore.domain.names import manifest_key, ref_record_key
 from tailorstore.domain.records import CommitManifest, RefRecord
-from tailorstore.engine.changes import read_changes, record_again
+from tailorstore.engine.changes import Changes, read_changes, record_again
 from tailorstore.engine.repair import write_manifest_again
 from tailorstore.engine.verify import Verification, manifest_of
 from tailorstore.storage.transport import Objects
@@ -24,12 +24,14 @@ class Salvage:
 
     manifests: tuple[CommitManifest, ...] = ()
     records: tuple[RefRecord, ...] = ()
+    too_new: frozenset[str] = frozenset()
+    """Keys under which lies what a newer version of tailorstore wrote: it stays there, whatever is said of it here."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Their keys, sorted."""
+        """The keys of those that are to be written, sorted."""
         manifests = (manifest_key(one.commit.id) for one in self.manifests)
-        return tuple(sorted([*manifests, *(ref_record_key(one.id) for one in self.records)]))
+        return tuple(sorted({*manifests, *(ref_record_key(one.id) for one in self.records)} - self.too_new))
 
     def without(self, commit_ids: Collection[str]) -> "Salvage":
         """Return it without the manifests of some commits."""
@@ -47,8 +49,8 @@ def find_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
         UnavailableError, AccessDeniedError: root or catalog cannot be read.
     """
     before = catalog.whole_history()
-    lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
-    return Salvage(_manifests_of(catalog, lost), read_changes(objects, catalog, before).missing)
+    lost, too_new = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
+    return _salvage(_manifests_of(catalog, lost), read_changes(objects, catalog, before), too_new)
 
 
 def write_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
@@ -64,10 +66,14 @@ def write_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
         UnavailableError, AccessDeniedError: root or catalog cannot be read or written; do it again.
     """
     before = catalog.whole_history()
-    lost = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
-    written = [one for one in lost if write_manifest_again(objects, catalog, one)]
+    lost, too_new = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
+    kept = [one for one in lost if manifest_key(one) in too_new or write_manifest_again(objects, catalog, one)]
     found, _ = record_again(objects, catalog, before)
-    return Salvage(_manifests_of(catalog, written), found.missing)
+    return _salvage(_manifests_of(catalog, kept), found, too_new)
+
+
+def _salvage(manifests: tuple[CommitManifest, ...], changes: Changes, too_new: Set[str]) -> Salvage:
+    return Salvage(manifests, changes.missing, frozenset(too_new) | set(map(ref_record_key, changes.too_new)))
 
 
 def _manifests_of(catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[CommitManifest, ...]:
@@ -78,8 +84,8 @@ def _manifests_of(catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[Com
     return tuple(found)
 
 
-def _lost_manifests(objects: Objects, catalog: StoreCatalog, commit_ids: Sequence[str]) -> list[str]:
-    """Return the commits whose manifests are gone, or do not say what the catalog does."""
+def _lost_manifests(objects: Objects, catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[list[str], Set[str]]:
+    """Return the commits whose manifests are gone, or do not say what the catalog does; and which keys are too new."""
     verification = Verification(objects, catalog)
     verification.read((), commit_ids)
-    return [damage.commits[0] for damage in verification.damages()]
+    return [damage.commits[0] for damage in verification.damages()], verification.too_new

@@ -15,7 +15,7 @@ from tailorstore.domain.records import Binding
 from tailorstore.domain.reports import RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
 from tailorstore.engine.opening import Opened, fingerprint, load_history, make_catalog, open_copy, open_root
-from tailorstore.engine.rebuild import find_incomplete, read_history
+from tailorstore.engine.rebuild import compare_with_layers, read_history
 from tailorstore.engine.salvage import Salvage, find_salvage, write_salvage
 from tailorstore.storage.manifests import read_binding, write_binding
 from tailorstore.storage.objects import printable_url
@@ -184,8 +184,7 @@ class Session:
         if dry_run:
             kept = find_salvage(self.objects, self.catalog) if owned else Salvage()
             history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
-            incomplete = find_incomplete(self.objects, history.commits)
-            return history.report(found.epoch, incomplete, kept.keys, dry_run=True)
+            return compare_with_layers(self.objects, history).report(found.epoch, kept.keys, dry_run=True)
         kept = write_salvage(self.objects, self.catalog) if owned else Salvage()
         catalog = make_catalog(self._catalog_url)
         try:
@@ -196,14 +195,14 @@ class Session:
             # Nothing is expired any more, and what was since it was written must not come back.
             kept = kept.without(self.catalog.unknown_commits(one.commit.id for one in kept.manifests))
             history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
-            incomplete = find_incomplete(self.objects, history.commits)
+            history = compare_with_layers(self.objects, history)
             store = load_history(catalog, binding, self.objects, history)
         except BaseException:
             catalog.close()
             raise
         self._leave()
         self._use(Opened(catalog, store, binding, owned=True))
-        return history.report(binding.epoch, incomplete, kept.keys, dry_run=False)
+        return history.report(binding.epoch, kept.keys, dry_run=False)
 
     def close(self) -> None:
         """Give leases back and close connections."""

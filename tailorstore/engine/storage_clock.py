@@ -12,7 +12,11 @@ class StorageClock:
     """Tells the storage's time, as of the beginning of a listing, from an object that is put just before it."""
 
     def __init__(self, objects: Objects, *, ask: bool) -> None:
-        """Put a probe, unless nothing may be written (``ask``): then this machine's clock has to do.
+        """Put a probe.
+
+        Args:
+            objects: the root.
+            ask: whether to; where nothing may be written this machine's clock has to do.
 
         Raises:
             StorageUnavailableError: the root cannot be reached.

@@ -6,7 +6,7 @@ decode to; the documents of as many versions as there are threads; a row of the 
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -84,6 +84,7 @@ class Verification:
         self._budget = MemoryBudget(_BUDGET_BYTES)
         self._read: dict[Pair, LayerVersion] = {}
         self._damages: list[Damage] = []
+        self._too_new: set[str] = set()
         self._commits: dict[str, Commit] = {}
         self._done: list[LayerVersion] = []
         self._manifests: list[str] = []
@@ -95,6 +96,11 @@ class Verification:
     def versions(self) -> Mapping[Pair, LayerVersion]:
         """What was read."""
         return self._read
+
+    @property
+    def too_new(self) -> Set[str]:
+        """Keys of damages that are documents of a newer version of tailorstore. A repair leaves them alone."""
+        return self._too_new
 
     def read(self, versions: Iterable[LayerVersion], commits: Iterable[str] = ()) -> None:
         """Read every object of layer versions and the manifests of commits, in parallel; what was read before is not.
@@ -146,10 +152,12 @@ class Verification:
             len(self._read), self._objects_read, self._bytes_read, damages, tuple(losses_of(damages, self._commits))
         )
 
-    def add(self, damage: Damage) -> None:
-        """Keep what was found."""
+    def add(self, damage: Damage, error: Exception | None = None) -> None:
+        """Keep what was found, and by which error it was."""
         with self._lock:
             self._damages.append(damage)
+            if isinstance(error, FormatTooNewError):
+                self._too_new.add(damage.key)
 
     def count(self, size_bytes: int) -> None:
         """Count an object that was read, or was not to be had."""
@@ -189,6 +197,7 @@ class Verification:
             return  # expired since
         key = manifest_key(commit_id)
         kind, what = "document", ""
+        reason: Exception | None = None
         try:
             differs = _difference(read_manifest(self._objects, commit_id), known)
             if differs:
@@ -197,14 +206,14 @@ class Verification:
             if not self._catalog.unknown_commits([commit_id]):
                 kind, what = "missing", what_is_said(error, key, self._objects.url)
         except (CorruptDocumentError, FormatTooNewError) as error:
-            what = what_is_said(error, key, self._objects.url)
+            what, reason = what_is_said(error, key, self._objects.url), error
         self.count(0)
         with self._lock:
             self._manifests.append(commit_id)
             self._commits[commit_id] = known.commit
         if what:
             step = known.commit.step
-            self.add(Damage(kind, "", step, key, what, (commit_id,), readable=True))  # type: ignore[arg-type]
+            self.add(Damage(kind, "", step, key, what, (commit_id,), readable=True), reason)  # type: ignore[arg-type]
 
 
 def manifest_of(catalog: StoreCatalog, commit_id: str) -> CommitManifest:
@@ -268,7 +277,7 @@ class _VersionCheck:
             self._report("missing", key, what_is_said(error, key, self._objects.url))
             return self._finish()
         except (CorruptDocumentError, FormatTooNewError) as error:
-            self._report("document", key, what_is_said(error, key, self._objects.url))
+            self._report("document", key, what_is_said(error, key, self._objects.url), error=error)
             return self._finish()
         jobs: list[Job] = [
             partial(self._check_document, self._prefix + path, digest) for path, digest in document.documents.items()
@@ -327,7 +336,9 @@ class _VersionCheck:
         if last:
             self._finish()
 
-    def _report(self, kind: str, key: str, detail: str, *, readable: bool = False) -> None:
+    def _report(
+        self, kind: str, key: str, detail: str, *, readable: bool = False, error: Exception | None = None
+    ) -> None:
         version = self._version
         damage = Damage(
             kind,  # type: ignore[arg-type]
@@ -338,7 +349,7 @@ class _VersionCheck:
             version_id=version.version_id,
             readable=readable,
         )
-        self._to.add(damage)
+        self._to.add(damage, error)
 
     def _finish(self) -> list[Job]:
         self._to.done(self._version)

@@ -289,18 +289,20 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
 
     Raises:
         CorruptDocumentError: it is not valid.
-        FormatTooNewError: a newer version of tailorstore wrote it.
+        FormatTooNewError: it is whole, and a newer version of tailorstore wrote it.
     """
     try:
         described = parse_object(raw)["attributes"][ATTRIBUTE]
-        if whole_number(described["format"]) > FORMAT:
-            msg = (
-                f"document {key} has format {described['format']}, and this version of tailorstore reads up to {FORMAT}"
-            )
-            raise FormatTooNewError(msg)
+        # First, as a flipped bit can make a format of any number: what is whole was written by whoever says so.
         if not is_whole(bytes(raw)):
             msg = f"document {key} is not what was written (its checksum differs); run 'tailorstore verify'"
             raise CorruptDocumentError(msg)
+        if whole_number(described["format"]) > FORMAT:
+            msg = (
+                f"document {key} has format {described['format']}, and this version of tailorstore reads up to"
+                f" {FORMAT}; install a newer tailorstore"
+            )
+            raise FormatTooNewError(msg)
         return document_from_json(described)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"

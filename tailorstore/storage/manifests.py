@@ -178,7 +178,8 @@ def read_manifest(objects: Objects, commit_id: str) -> CommitManifest:
 
     Raises:
         MissingObjectError: it is gone.
-        CorruptDocumentError, FormatTooNewError: it cannot be understood.
+        CorruptDocumentError: it is damaged.
+        FormatTooNewError: it is whole, and a newer version of tailorstore wrote it.
     """
     return _read(objects, manifest_key(commit_id), MANIFEST_BYTES, _manifest_from_json)
 
@@ -210,10 +211,11 @@ def _read(objects: Objects, key: str, limit: int, build: Callable[[dict[str, Any
     raw = objects.get(key, limit=limit)
     try:
         described = _parse(raw)
+        # First, as a flipped bit can make a format of any number: what is whole was written by whoever says so.
+        _check_whole(raw)
         if described["format"] > FORMAT:
             msg = f"document {key} in {objects.url} has format {described['format']}; install a newer tailorstore"
             raise FormatTooNewError(msg)
-        _check_whole(raw)
         return build(described)
     except TailorError:
         raise

@@ -153,6 +153,30 @@ def test_a_postgres_user_who_may_only_select_can_read(postgres_url: str) -> None
         connection.execute("DROP ROLE looker")
 
 
+def test_a_postgres_user_who_may_not_write_to_all_that_is_written_can_only_read(postgres_url: str) -> None:
+    writer = Catalog.open(postgres_url)
+    commit(writer.register("store-1", "file:///x", 1), 1)
+    url = parse_url(postgres_url).url.set(username="halfway", password="h4lf").render_as_string(hide_password=False)
+    with plain_sql(postgres_url) as connection:
+        connection.execute("DROP ROLE IF EXISTS halfway")
+        connection.execute("CREATE ROLE halfway LOGIN PASSWORD 'h4lf'")
+        try:
+            connection.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO halfway")
+            connection.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO halfway")
+            able = Catalog.open(url)
+            assert not able.read_only
+            able.close()
+            for table in ("withdrawn", "receipts"):
+                connection.execute(f"REVOKE INSERT ON {table} FROM halfway")
+                check_reading(url, "halfway:***@")
+                connection.execute(f"GRANT INSERT ON {table} TO halfway")
+        finally:
+            connection.execute("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM halfway")
+            connection.execute("REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM halfway")
+            connection.execute("DROP ROLE halfway")
+    writer.close()
+
+
 def test_a_postgres_user_who_may_not_create_is_told(postgres_url: str) -> None:
     with plain_sql(postgres_url) as connection:
         connection.execute("DROP ROLE IF EXISTS guest")

@@ -98,6 +98,7 @@ def test_a_take_over_forgets_old_words_and_has_its_own(catalog: Catalog, store: 
     )
     asked = [first.id, waiting.id, given_up.id, unplaced, unreadable]
     assert again.standings(asked) == {first.id: "published", unplaced: "unplaced", unreadable: "unreadable"}
+    assert (again.unplaced_within(timedelta(hours=1)), again.unplaced_within(NOW)) == ({unplaced}, set())
 
 
 def test_other_stores_have_words_of_their_own(catalog: Catalog, store: StoreCatalog) -> None:

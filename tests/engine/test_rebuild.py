@@ -454,6 +454,82 @@ def test_a_root_from_before_a_take_over_can_be_taken_over_again(tmp_path: Path) 
 # --- A root that lost something --------------------------------------------------------------------------------------
 
 
+def lose_catalog_and_age(root: Path) -> None:
+    """Take the catalog away, and make all that is in the root two days old."""
+    for path in [*root.glob("catalog.sqlite*")]:
+        path.unlink()
+    then = time.time() - 2 * 86400
+    for path in root.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def withdraw_earlier(root: Path, by: str) -> None:
+    catalog = sqlite3.connect(root / "catalog.sqlite")
+    with catalog:
+        catalog.execute("UPDATE withdrawn SET withdrawn_at = strftime('%Y-%m-%d %H:%M:%f000', withdrawn_at, ?)", (by,))
+    catalog.close()
+
+
+def test_layers_whose_manifest_is_gone_are_kept_for_the_grace_period_from_the_take_over_on(folder: Path) -> None:
+    root = folder / "root"
+    with ts.open_store(root) as store:
+        first, lost, last = (store.commit(step, weights(step)) for step in (1, 2, 3))
+    manifest, layers = root / manifest_key(lost.id), [root / version_prefix(name, lost.id) for name in ("a", "b")]
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        found = store.rebuild_catalog(dry_run=True), store.rebuild_catalog()
+        assert [(one.commits, one.unclaimed, one.unplaced) for one in found] == [(2, (lost.id,), ())] * 2
+        assert store.gc(dry_run=True).leftovers_swept == store.gc().leftovers_swept == 0
+        assert all(layer.exists() for layer in layers)
+        assert store.verify().unknown == ()
+    # In that time whoever has the manifest can put it back.
+    manifest.write_bytes(kept)
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        report = store.rebuild_catalog()
+        assert (report.commits, report.unclaimed) == (3, ())
+        assert store.checkout(2).model_state_dict()["a.w"][0] == 2
+    manifest.unlink()
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        assert store.rebuild_catalog().unclaimed == (lost.id,)
+        withdraw_earlier(root, "-23 hours")
+        assert store.gc().leftovers_swept == 0
+        withdraw_earlier(root, "-2 hours")
+        assert store.gc().leftovers_swept == 3
+        assert not any(layer.exists() for layer in layers)
+        assert [commit.id for commit in store.log()] == [last.id, first.id]
+        assert store.verify().ok
+
+
+def test_layers_whose_manifest_is_damaged_are_told_of_by_that(folder: Path) -> None:
+    root = folder / "root"
+    with ts.open_store(root) as store:
+        spoilt, _ = (store.commit(step, weights(step)) for step in (1, 2))
+    (root / manifest_key(spoilt.id)).write_bytes(b"half")
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        report = store.rebuild_catalog()
+        assert (report.unreadable, report.unclaimed) == ((manifest_key(spoilt.id),), ())
+        assert store._catalog.standings([spoilt.id]) == {spoilt.id: "unreadable"}
+
+
+def test_layers_that_outlived_their_commit_are_claimed_by_those_who_need_them(folder: Path) -> None:
+    root = folder / "root"
+    with ts.open_store(root, light=ts.LightSettings(exact_below=16)) as store:
+        store.commit(1, weights(1))
+        store.commit(2, weights(2), mask={"a": "light"})
+        store.gc(ts.KeepLast(1), grace=NOW)
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        report = store.rebuild_catalog()
+        assert (report.commits, report.unclaimed, report.incomplete) == (1, (), ())
+        assert store.gc(grace=NOW).leftovers_swept == 0
+        assert store.verify().ok
+
+
 def test_commits_without_all_of_their_layers_come_back_and_are_listed(root: Root, tmp_path: Path) -> None:
     with ts.open_store(root.url, storage_options=root.storage_options, catalog=f"sqlite:///{tmp_path}/1.db") as store:
         first = store.commit(1, weights(1))

@@ -1,7 +1,9 @@
 """Repair: what follows from what is known is made again, the rest goes into quarantine, the next commit heals it."""
 
+import json
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from tailorstore.domain.names import manifest_key, quarantine_key
 from tailorstore.domain.records import CommitManifest, LayerVersion
 from tailorstore.storage.manifests import read_manifest, write_manifest
 from tailorstore.storage.quarantine import read_quarantine, write_quarantine
-from tests.kit.audit import assert_root_is_exact
-from tests.kit.damage import files_of, flip, prefix_of, remove, shorten
+from tests.kit.audit import assert_root_is_exact, refs
+from tests.kit.damage import files_of, flip, flip_format, make_newer, prefix_of, remove, shorten
 from tests.kit.models import adamw, assert_same, assert_same_optim, gpt, optim_snapshot, snapshot, train
 from tests.kit.ranks import run_ranks
 
@@ -104,6 +106,64 @@ def test_a_document_that_cannot_be_made_again_as_it_was_is_not_made(
         assert not report.ok
         assert report.quarantined == (prefix_of(store, "a"),)
         assert not path.exists()
+
+
+def seem_newer(root: Path, change: Callable[[Path], None]) -> dict[Path, bytes]:
+    """Change the manifest of step 2, the group document of a's newest version, and the records of a tag and a branch.
+
+    Returns:
+        What they are now.
+    """
+    with open_small(root) as store:
+        store.tag("best", 2)
+        store.branch("side", 1)
+        paths = [root / manifest_key(store.show(2).id), *files_of(root, prefix_of(store, "a"), "group")]
+    paths += [path for path in (root / "refs").iterdir() if json.loads(path.read_text())["name"] in ("best", "side")]
+    assert len(paths) == 4
+    for path in paths:
+        change(path)
+    return {path: path.read_bytes() for path in paths}
+
+
+def test_what_a_newer_version_wrote_is_told_and_left_as_it_is(root: Path) -> None:
+    written = seem_newer(root, make_newer)
+    with open_small(root) as store:
+        names, log = refs(store), store.log()
+        for _ in range(2):
+            report = store.verify(repair=True)
+            assert {root / one.key for one in report.damages} == written.keys()
+            assert all("install a newer tailorstore" in one.detail and not one.mended for one in report.damages)
+            assert (report.quarantined, report.unrecorded) == ((), ("branch side",))
+            assert not store.checkout().quarantined
+        # The catalog knows what they said, and stays the one that does.
+        assert store.rebuild_catalog(dry_run=True).written == store.rebuild_catalog().written == ()
+        assert (refs(store), store.log()) == (names, log)
+        store.gc(grace=NOW)
+    assert {path: path.read_bytes() for path in written} == written
+
+
+def test_the_record_of_a_newer_version_stays_when_the_name_is_recorded_again(root: Path) -> None:
+    with open_small(root) as store:
+        store.tag("best", 2)
+        (record,) = (path for path in (root / "refs").iterdir() if json.loads(path.read_text())["name"] == "best")
+        make_newer(record)
+        written = record.read_bytes()
+        for recorded in (("tag best",), ()):
+            report = store.verify(repair=True)
+            assert (report.recorded, report.unrecorded, report.ok) == (recorded, (), False)
+            assert record.read_bytes() == written
+
+
+def test_a_flipped_bit_in_the_number_of_a_format_is_damage_like_any_other(root: Path) -> None:
+    seem_newer(root, flip_format)
+    with open_small(root) as store:
+        names = refs(store)
+        report = store.verify(repair=True)
+        assert [one.mended for one in report.damages if one.version_id is None] == [True, True, True]
+        assert report.quarantined == (prefix_of(store, "a"),)
+        assert set(report.recorded) == {"tag best", "branch side"}
+        store.rebuild_catalog()
+        assert refs(store) == names
 
 
 def test_an_expired_commit_gets_no_manifest_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,9 +255,9 @@ def test_a_server_that_falls_silent_is_given_up(bench: Bench, monkeypatch: pytes
     bench.commit()
     bench.proxy.arm(0, "silence")
     bench.commit()
-    requests = len(bench.proxy.requests())
-    for at in (1, 3, requests // 2, requests):
-        bench.proxy.arm(at, "silence")
+    middle = len(bench.proxy.requests()) // 2
+    for at, only in ((1, ""), (3, ""), (middle, ""), (1, "COMMIT"), (1, "UPDATE")):
+        bench.proxy.arm(at, "silence", only)
         bench.commit()
         assert bench.proxy.cut
     bench.proxy.arm(0, "silence")

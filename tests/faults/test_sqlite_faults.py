@@ -332,13 +332,21 @@ def test_mounts_of_file_systems_that_machines_share_are_known(tmp_path: Path, mo
         f"42 22 0:52 / {tmp_path}/s3 rw - fuse.s3fs s3fs rw\n"
         f"43 22 0:53 / {tmp_path}/over rw - nfs server:/x rw\n"
         f"44 43 0:54 / {tmp_path}/over rw - tmpfs tmpfs rw\n"
+        f"45 22 8:32 / {tmp_path}/cluster rw - ocfs2 /dev/sdc rw\n"
     )
     monkeypatch.setattr("tailorstore.catalog.sqlite._MOUNTS", mounts)
     shared = {
         name: is_on_network(tmp_path / name / "run" / "c.db")
-        for name in ("my home", "my home/scratch", "s3", "over", "x")
+        for name in ("my home", "my home/scratch", "s3", "over", "cluster", "x")
     }
-    assert shared == {"my home": True, "my home/scratch": False, "s3": True, "over": False, "x": False}
+    assert shared == {
+        "my home": True,
+        "my home/scratch": False,
+        "s3": True,
+        "over": False,
+        "cluster": True,
+        "x": False,
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,10 +1,13 @@
 """Ways to damage what lies in a local root, and where to find it."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import tailorstore as ts
 from tailorstore.domain.names import version_prefix
+from tailorstore.storage.checksums import BLANK, CHECKSUM, sealed
 
 
 def prefix_of(store: ts.Store, layer: str, ref: str | int = "latest", *, base: bool = False) -> str:
@@ -49,3 +52,18 @@ def lengthen(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete it."""
     path.unlink()
+
+
+def make_newer(path: Path) -> None:
+    """Make a document one that a newer version of tailorstore wrote: whole by its checksum, and of a later format."""
+    described = json.loads(path.read_text())
+    ours = described["attributes"]["tailorstore"] if path.name == "zarr.json" else described
+    ours |= {"format": 2, "new": "thing", CHECKSUM: BLANK}
+    path.write_bytes(sealed(json.dumps(described, indent=1).encode()))
+
+
+def flip_format(path: Path) -> None:
+    """Change one bit, so that a document seems to be of a later format."""
+    changed, times = re.subn(rb'("format": ?)1\b', rb"\g<1>9", path.read_bytes())
+    assert times == 1, path
+    path.write_bytes(changed)

@@ -69,6 +69,11 @@ def _print_rest(report: RebuildReport) -> None:
             f"{count(len(report.unplaced), 'commit')} left unpublished by a race or a crash, or copied here from"
             " another store; gc sweeps them."
         )
+    if report.unclaimed:
+        print_line(
+            f"{count(len(report.unclaimed), 'commit')} whose manifest is gone, or that never got so far: their layers"
+            " are kept for the grace period of gc."
+        )
     for key in report.unreadable:
         rest = (
             "A branch or tag may stand elsewhere than it did, or be gone"
