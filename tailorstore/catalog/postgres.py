@@ -27,6 +27,10 @@ IDLE_SECONDS = 20
 _TCP = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000}
 """A machine that is gone, or a network that drops everything, is noticed after 30 s."""
 
+_SERVER_TCP = ("SET tcp_keepalives_idle = 10", "SET tcp_keepalives_interval = 5", "SET tcp_keepalives_count = 4")
+"""So the server notices a client's machine that is gone, and does not keep its locks for hours: while it waits for the
+rest of several statements sent together its session counts as at work, not as idle."""
+
 
 class HeedfulConnection(psycopg.Connection[Any]):
     """A connection that gives up a server that says nothing for too long; the driver alone would wait for ever."""
@@ -85,7 +89,7 @@ def postgres_engine(url: URL, *, migrating: bool) -> Engine:
         use_native_hstore=False,
     )
     kind: type[psycopg.Connection[Any]] = psycopg.Connection if migrating else HeedfulConnection
-    limits = [f"SET lock_timeout = '{LOCK_WAIT_SECONDS}s'"]
+    limits = [f"SET lock_timeout = '{LOCK_WAIT_SECONDS}s'", *_SERVER_TCP]
     if not migrating:
         limits.append(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
 

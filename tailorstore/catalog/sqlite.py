@@ -20,6 +20,9 @@ from tailorstore.domain.errors import (
     StoreNotFoundError,
 )
 
+_NO_TRUST = "PRAGMA trusted_schema = OFF"
+"""Views and triggers in a stranger's file get only functions that have no effects."""
+
 LOCK_SECONDS = 30
 """How long a transaction waits for another one's locks. A publish takes milliseconds, a large expiry seconds."""
 
@@ -121,6 +124,7 @@ class SqliteFile:
             connection.execute("PRAGMA synchronous = EXTRA")
             connection.execute(f"PRAGMA foreign_keys = {'OFF' if self._migrating else 'ON'}")
             connection.execute("PRAGMA cache_size = -16384")
+            connection.execute(_NO_TRUST)
         except BaseException:
             connection.close()
             raise
@@ -133,13 +137,15 @@ class SqliteFile:
         live = self._path.with_name(f"{self._path.name}-wal").exists()
         reads_along = live or os.access(self._path.parent, os.W_OK) or not _has_log(self._path)
         self._identity = self._identity or self._look()
-        return sqlite3.connect(
+        connection = sqlite3.connect(
             f"{self._path.as_uri()}?{'mode=ro' if reads_along else 'immutable=1'}",
             uri=True,
             timeout=LOCK_SECONDS,
             check_same_thread=False,
             isolation_level=None,
         )
+        connection.execute(_NO_TRUST)
+        return connection
 
 
 def is_on_network(path: Path) -> bool:

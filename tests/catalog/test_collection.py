@@ -77,6 +77,21 @@ def test_a_preview_has_the_same_numbers_and_changes_nothing(store: StoreCatalog)
     assert preview.commits == (first,)
 
 
+def test_many_commits_are_dropped_a_few_at_a_time(store: StoreCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.collection._EXPIRED_TOGETHER", 2)
+    full = commit(store, 0)
+    light = [commit_light(store, step, "a", full.id) for step in range(1, 6)]
+    last = commit(store, 6)
+    store.tag("best", light[2].id)
+    asked = ids(full, *light, last)
+    preview = store.preview(asked)
+    done = store.expire(reversed(asked))
+    assert done == preview
+    assert done.commits == (full, *light[:2], *light[3:])
+    assert alive(store) == needed(store)
+    assert not {one for one in store.doomed(NOW) if (one.layer, one.version_id) in needed(store)}
+
+
 def test_heads_tags_leases_and_parents_of_pending_commits_stay(store: StoreCatalog) -> None:
     first, second, third, fourth = (commit(store, step) for step in (1, 2, 3, 4))
     store.tag("best", first.id)

@@ -271,11 +271,11 @@ def test_a_machine_that_vanished_is_noticed(postgres_url: str) -> None:
     def look(connection: Connection) -> tuple[dict[str, str], list[str]]:
         session = connection.connection.driver_connection
         assert isinstance(session, psycopg.Connection)
-        limits = ("lock_timeout", "idle_in_transaction_session_timeout")
+        limits = ("lock_timeout", "idle_in_transaction_session_timeout", "tcp_keepalives_idle", "tcp_keepalives_count")
         return session.info.get_parameters(), [str(connection.scalar(text(f"SHOW {name}"))) for name in limits]
 
     options, limits = database.read(look)
-    assert limits == ["10s", "20s"]
+    assert limits == ["10s", "20s", "10", "4"]
     assert {name: options[name] for name in ("keepalives_idle", "keepalives_interval", "keepalives_count")} == {
         "keepalives_idle": "7",
         "keepalives_interval": "5",

@@ -24,6 +24,7 @@ CUTS: Final[tuple[Cut, ...]] = ("before", "half a request", "sent", "after", "ha
 _ENDS = frozenset({b"Q", b"S", b"H", b"p", b"X"})
 """Messages of a client with which a request is complete: query, sync, flush, password, terminate."""
 
+_FLUSH = b"H"
 _READY = b"Z"
 
 
@@ -132,14 +133,17 @@ class _Connection:
                 while kind not in _ENDS:
                     kind, message = _message(stream)
                     request += message
-                if not self._pass_on(request):
+                if not self._pass_on(request, kind):
                     break
         if self._losing is None:
             self._end()
 
-    def _pass_on(self, request: bytes) -> bool:
+    def _pass_on(self, request: bytes, ends_with: bytes) -> bool:
         """Send a request to the server; return whether the connection is to go on."""
         how = self._proxy.decide(request)
+        if how in {"after", "half a reply"} and ends_with == _FLUSH:
+            # Nothing in the reply to a flush says where it ends.
+            how = "sent"
         if how == "before":
             self._end()
             return False
@@ -149,7 +153,11 @@ class _Connection:
             return False
         self._losing = None if how == "sent" else how
         self._server.sendall(request)
-        if how == "sent":
+        if how == "silence":
+            # Until the client has had enough.
+            while self._client.recv(4096):
+                pass
+        if how in {"sent", "silence"}:
             self._end()
             return False
         return how is None
@@ -163,12 +171,8 @@ class _Connection:
                     self._client.sendall(message)
                     continue
                 reply += message
-                if kind != _READY:
+                if kind != _READY or self._losing == "silence":
                     continue
-                if self._losing == "silence":
-                    # Until the client has had enough.
-                    while self._client.recv(4096):
-                        pass
                 if self._losing == "half a reply":
                     self._client.sendall(reply[: len(reply) // 2])
                 break
