@@ -22,16 +22,20 @@ SQL = {"BEGIN", "SELECT", "COMMIT", "after COMMIT"}
 Plan = str | int | tuple[str | int, int]
 
 
-def kill_at(servers: dict[str, Any] | None = None, **scenarios: Plan) -> dict[str, dict[str, Any]]:
+def kill_at(
+    servers: dict[str, Any] | None = None, *, at_writes: bool = False, **scenarios: Plan
+) -> dict[str, dict[str, Any]]:
     """Run scenarios, each killed at the calls that its plan says; fail if any is found broken.
 
     Args:
         servers: what :class:`tests.crash.places.Servers` takes.
+        at_writes: at the calls by which SQLite changes its files.
         scenarios: with the plan that ``points_of`` takes, and perhaps a number of pairs of kills.
     """
     plans = {name.replace("_", " "): plan if isinstance(plan, tuple) else (plan, 0) for name, plan in scenarios.items()}
+    asked = {"scenarios": plans, "servers": servers or {}, "at_writes": at_writes}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.crash", "--json", json.dumps({"scenarios": plans, "servers": servers or {}})],
+        [sys.executable, "-m", "tests.crash", "--json", json.dumps(asked)],
         cwd=CHECKOUT,
         env=os.environ | {"PYTHONPATH": str(CHECKOUT), "PYTHONWARNINGS": "ignore::DeprecationWarning"},
         stdout=subprocess.PIPE,
@@ -92,6 +96,15 @@ def test_killed_while_it_makes_a_store_upgrades_one_or_takes_one_over() -> None:
     assert_covered(reports["rebuild"], set(), 18)
     assert_covered(reports["take over"], {"SELECT"}, 7)
     assert_covered(reports["upgrade"], set(), 3)
+
+
+@pytest.mark.slow
+def test_killed_while_sqlite_writes() -> None:
+    reports = kill_at(at_writes=True, commit=(3, 2), gc=9, names=9, take_over=11, upgrade=11, opening=17)
+    assert_covered(reports["commit"], {"pwrite64 .sqlite-wal", "pwrite64 .sqlite"}, 15)
+    assert_covered(reports["gc"], set(), 4)
+    assert_covered(reports["opening"], set(), 8)
+    assert reports["commit"]["pairs"] >= 1
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Kill processes at the calls that they make to a store: ``python -m tests.crash [SCENARIO …]``.
 
-Every scenario on SQLite and a local root, on PostgreSQL, and on S3: at every call, and in pairs. Prints a table; exits
-with 1 if anything was lost, damaged or left over. With ``--json PLAN`` it does what a test asks for, and prints JSON.
+Every scenario on SQLite and a local root, on PostgreSQL, and on S3: at every call, and in pairs; and at every write of
+SQLite to its files. Prints a table; exits with 1 if anything was lost, damaged or left over. With ``--json PLAN`` it
+does what a test asks for, and prints JSON.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from tests.crash.scenarios import SCENARIOS
 from tests.kit.postgres import run_postgres
 from tests.kit.s3 import run_s3
 
-_KINDS: Final = ("files", "postgres", "s3")
+_KINDS: Final = ("files", "writes", "postgres", "s3")
 _PAIRS: Final = 25
 _ROW: Final = "{:<20} {:<9} {:<8} {:>6} {:>7} {:>6} {:>9} {:>8}"
 
 
-def campaigns(plans: Mapping[str, tuple[str | int, int]], servers: Servers) -> Iterator[Report]:
+def campaigns(
+    plans: Mapping[str, tuple[str | int, int]], servers: Servers, *, at_writes: bool = False
+) -> Iterator[Report]:
     """Run scenarios, each with its plan and number of pairs."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ts-crash-", dir=memory) as name:
@@ -40,7 +43,7 @@ def campaigns(plans: Mapping[str, tuple[str | int, int]], servers: Servers) -> I
         for number, (scenario, (plan, pairs)) in enumerate(plans.items()):
             place = folder / str(number)
             place.mkdir()
-            yield Campaign(scenario, servers, press).run(place, plan, pairs)
+            yield Campaign(scenario, servers, press, at_writes=at_writes).run(place, plan, pairs)
 
 
 def everything(names: Iterable[str], kinds: Iterable[str], every: int) -> int:
@@ -55,10 +58,17 @@ def everything(names: Iterable[str], kinds: Iterable[str], every: int) -> int:
         for kind in kinds:
             servers = stack.enter_context(_serving(kind))
             began = time.monotonic()
-            for report in campaigns(plans, servers):
+            for report in campaigns(plans, servers, at_writes=kind == "writes"):
                 seconds = f"{time.monotonic() - began:.0f}"
                 began = time.monotonic()
-                row = (report.scenario, report.catalog, report.storage, report.calls, report.points, report.pairs)
+                row = (
+                    report.scenario,
+                    report.catalog,
+                    "writes" if kind == "writes" else report.storage,
+                    report.calls,
+                    report.points,
+                    report.pairs,
+                )
                 print(_ROW.format(*row, len(report.failures), seconds), flush=True)  # noqa: T201
                 failures += [f"{report.scenario}, {report.catalog}, {report.storage}, {one}" for one in report.failures]
                 points += report.points
@@ -87,7 +97,7 @@ def main() -> int:
     parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help="default: all")
     parser.add_argument("--on", nargs="*", choices=_KINDS, default=_KINDS, help="default: all")
     parser.add_argument("--every", type=int, default=1, help="a share of the calls: every so many-th")
-    parser.add_argument("--json", metavar="PLAN", help="scenarios with plan and pairs, and servers")
+    parser.add_argument("--json", metavar="PLAN", help="scenarios with plan and pairs, servers, at_writes")
     arguments = parser.parse_args()
     # One thread, or the operators' own would be missing in the child.
     torch.set_num_threads(1)
@@ -99,7 +109,8 @@ def main() -> int:
         return 1 if everything(arguments.scenario or SCENARIOS, arguments.on, arguments.every) else 0
     asked: dict[str, Any] = json.loads(arguments.json)
     plans = {name: (plan, pairs) for name, (plan, pairs) in asked["scenarios"].items()}
-    reports = [dataclasses.asdict(report) for report in campaigns(plans, Servers(**asked["servers"]))]
+    found = campaigns(plans, Servers(**asked["servers"]), at_writes=asked["at_writes"])
+    reports = [dataclasses.asdict(report) for report in found]
     print(json.dumps(reports))  # noqa: T201
     return 0
 

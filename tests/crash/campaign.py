@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import random
 import secrets
 import sqlite3
@@ -15,6 +16,7 @@ from tailorstore.catalog.urls import CatalogUrl, parse_url
 from tests.crash.fuse import NEVER, End, Fuse, in_child, wire
 from tests.crash.places import Place, Servers, prepared, wait_for_sessions
 from tests.crash.scenarios import SCENARIOS, Scenario
+from tests.crash.tracing import in_traced_child
 
 _READS = frozenset({"BEGIN", "SELECT", "WITH", "PRAGMA", "connect", "exists", "get", "list", "read_into"})
 """Calls that change nothing."""
@@ -90,10 +92,18 @@ def points_of(calls: Sequence[str], plan: str | int) -> list[int]:
 
 
 class Campaign:
-    """One scenario on one kind of catalog and storage."""
+    """One scenario on one kind of catalog and storage.
 
-    def __init__(self, name: str, servers: Servers, press: SchemaPress) -> None:
+    Args:
+        name: of the scenario.
+        servers: what stores are made of.
+        press: for catalogs that are made by the way.
+        at_writes: kill not at calls to the store but at those by which SQLite changes its files.
+    """
+
+    def __init__(self, name: str, servers: Servers, press: SchemaPress, *, at_writes: bool = False) -> None:
         self._name = name
+        self._at_writes = at_writes
         self._scenario: Scenario = SCENARIOS[name]
         self._servers = servers
         self._press = press
@@ -106,7 +116,10 @@ class Campaign:
         """Kill the process at the points of a plan, and at ``pairs`` more, where the one that comes after dies too."""
         dice = random.Random(seed)
         with prepared(folder, self._servers, self._prepare) as fresh:
-            calls = self._kill(fresh(), self._scenario.victim, NEVER).calls
+            end = self._kill(fresh(), self._scenario.victim, NEVER)
+            if end.error:
+                raise AssertionError(end.error)
+            calls = end.calls
             for at in points_of(calls, plan):
                 self._try(fresh(), at, None)
             for _ in range(pairs):
@@ -142,7 +155,7 @@ class Campaign:
         elif not error:
             # How many calls it will make depends on where the one before died.
             second = self._kill(place, self._scenario.recover, max(1, round(again * 60)))
-            where += f", then at call {len(second.calls)} ({second.calls[-1]})"
+            where += f", then at call {len(second.calls)} ({second.calls[-1:]})"
             error = second.error and f"who came after failed by itself:\n{second.error}"
             self._pairs += second.killed
         if not error:
@@ -157,7 +170,7 @@ class Campaign:
             work(place, fuse)
 
         with self._press.used(use=not self._scenario.makes_schema):
-            end = in_child(wired, at)
+            end = in_traced_child(functools.partial(work, place), at) if self._at_writes else in_child(wired, at)
         if place.database is not None:
             wait_for_sessions(place.database)
         return end
