@@ -30,6 +30,8 @@ _UNUSABLE = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EL
 _FULL_CODES = frozenset({"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "ServerIsFull", "StorageFull"})
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist|bucket not found", re.I)
 _OTHER_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
+_BAD_OPTION = re.compile(r"unexpected keyword argument|Invalid endpoint: ")
+"""Asked again with the same options, no library says anything else."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r'<Code>(\w+)</Code>|\bcode: "(\w+)"')
 _OS_ERROR = re.compile(r"os error (\d+)|code: (\d+),\s+kind:")
@@ -203,6 +205,8 @@ def from_transport(
         return denied(what, root, reason)
     if status == 404 or isinstance(error, FileNotFoundError) or (doing in (READING, LOOKING) and number in _NO_OBJECT):
         return missing(root, key)
+    if isinstance(error, TypeError) or _BAD_OPTION.search(text):
+        return InvalidInputError(f"the options for {root} cannot be used ({reason}); check storage_options, or the URL")
     if number in _UNUSABLE:
         return InvalidInputError(f"cannot go on {what} in {root} ({reason}); the root must be a directory of files")
     return unavailable(what, root, reason, endpoint)

@@ -297,6 +297,23 @@ def test_options_that_obstore_cannot_say_are_named() -> None:
         open_objects("s3://bucket/run", {"client_kwargs": "no"})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"oops": "hunter2-hunter2"},
+        {"client_kwargs": {"oops": 1}},
+        {"config_kwargs": {"oops": 1}},
+        {"endpoint_url": "nonsense"},
+    ],
+)
+def test_options_that_s3fs_does_not_understand_are_told_and_not_tried_again(options: dict[str, Any]) -> None:
+    objects = open_objects("s3://bucket/run", {"key": "a", "secret": "hunter2-hunter2", **options}, "fsspec")
+    with pytest.raises(InvalidInputError, match="check storage_options") as caught:
+        objects.get("a")
+    assert "hunter2" not in everything_said(caught.value)
+    objects.close()
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_large_objects_pass_whole(s3_root: Root, transport: str) -> None:
     data = uuid.uuid4().bytes * (2 << 20)
