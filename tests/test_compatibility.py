@@ -192,11 +192,12 @@ def test_a_catalog_of_an_older_schema_is_upgraded(fetch: Fetch, name: str, revis
     with ts.open_store(root, create=False) as store:
         assert store.writable
         assert_as_kept(store, about(name))
-        # Catalogs from before lines had ids cannot know those that manifests name: these are written again.
-        report = store.verify(repair=True)
-        assert report.ok
-        assert all(damage.detail.endswith("commit: lines") for damage in report.damages)
-        assert bool(report.damages) == (revision < "0005")
+        # Catalogs from before lines had ids cannot know those that manifests name.
+        damages = store.verify(repair=True).damages
+        assert bool(damages) == (revision < "0005")
+        assert all("holds: lines; 'tailorstore rebuild' goes by the manifest" in one.detail for one in damages)
+        if damages:
+            store.rebuild_catalog()
         assert store.verify().damages == ()
         store.gc(grace=timedelta(0))
         assert_as_kept(store, about(name))

@@ -4,24 +4,29 @@ A transaction is a function of a connection, so that it can be run again: after 
 long, or an outage of the server.
 """
 
+import logging
 import os
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Engine, Table, delete, func, literal, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from tailorstore.catalog.failures import Obstacle, damaged, obstacle, translate
+from tailorstore.catalog.failures import Obstacle, damaged, obstacle, translate, unreadable
 from tailorstore.catalog.sqlite import LOCK_SECONDS, WRITES, SqliteFile
 from tailorstore.catalog.tables import UtcDateTime, receipts
 from tailorstore.catalog.urls import CatalogUrl
 from tailorstore.domain.errors import AccessDeniedError, MissingDependencyError, TailorError
 from tailorstore.domain.names import new_id
+
+logger = logging.getLogger("tailorstore")
 
 T = TypeVar("T")
 
@@ -30,6 +35,9 @@ OUTAGE_SECONDS = 60
 
 OPENING_SECONDS = 10
 """How long a server is waited for that has never answered: it may be restarted, but the URL may also be wrong."""
+
+_SILENT_SECONDS = 2
+"""How long it is waited for without a word."""
 
 _LONGEST_PAUSE = 1.0
 _RECEIPTS_LAST = timedelta(days=1)
@@ -56,11 +64,13 @@ class Database:
         self._file = SqliteFile(url, url.path, create=create, migrating=migrating) if url.path is not None else None
         self.is_sqlite = self._file is not None
         self.read_only = self._file is not None and self._file.read_only
-        self._engine = _postgres_engine(url, migrating=migrating) if self._file is None else self._file.engine()
+        self._outage = _Outage(url.shown)
+        self._engine = (
+            self._file.engine() if self._file else _postgres_engine(url, self._outage.tell, migrating=migrating)
+        )
         readers = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         self._readers: Engine = self._engine.execution_options(**readers)
         self._writers: Engine = self._engine.execution_options(**{WRITES: True})
-        self._outage = _Outage()
         _open_databases.add(self)
 
     def read(self, work: Callable[[Connection], T]) -> T:
@@ -169,11 +179,12 @@ class Database:
                     if outcome_unknown:
                         besides += "; the connection broke during a commit, so look whether it took effect"
                     refusal = translate(error, self.url, besides)
+                elif kind == "outage":
+                    self._outage.tell_in_time()
             except ValueError as error:
                 if isinstance(error, TailorError):
                     raise
-                # What was read is no text, no JSON or no time.
-                refusal = damaged(self.url.scrub(f"{type(error).__name__}: {error}"), self.url), error
+                refusal = damaged(unreadable(error), self.url), error
             # Not where the driver's error would be the context of ours: psycopg's hold the password.
             if refusal is not None:
                 raise refusal[0] from refusal[1]
@@ -187,15 +198,29 @@ class Database:
 class _Outage:
     """Since when a server has not answered: one for all calls, which share the time that it is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.patience = OPENING_SECONDS
         self._began: float | None = None
         self._seen = 0.0
+        self._told = False
 
     def end(self) -> None:
         """Note that it answered."""
         self.patience = OUTAGE_SECONDS
         self._began = None
+        self._told = False
+
+    def tell(self) -> None:
+        """Say, once, what is waited for."""
+        told, self._told = self._told, True
+        if not told:
+            logger.warning("waiting for the catalog %s (up to %g s)", self._name, self.patience)
+
+    def tell_in_time(self) -> None:
+        """Say it if it has lasted for a while."""
+        if self._began is not None and time.monotonic() - self._began >= _SILENT_SECONDS:
+            self.tell()
 
     def is_too_long(self, since: float) -> bool:
         """Note that it did not answer one who asks ``since`` a time; tell whether it has been waited for long enough.
@@ -243,12 +268,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _postgres_engine(url: CatalogUrl, *, migrating: bool) -> Engine:
+def _postgres_engine(url: CatalogUrl, waits: Callable[[], None], *, migrating: bool) -> Engine:
     try:
         # Only now: the driver is an optional package.
         from tailorstore.catalog.postgres import postgres_engine
 
-        return postgres_engine(url.url, migrating=migrating)
+        return postgres_engine(url.url, partial(threading.Timer, _SILENT_SECONDS, waits), migrating=migrating)
     except ImportError as error:
         msg = "a catalog in PostgreSQL needs psycopg: pip install 'psycopg[binary]'"
         raise MissingDependencyError(msg) from error

@@ -1,5 +1,6 @@
 """What drivers report, turned into the project's errors. No message or chained cause shows a secret."""
 
+import json
 import sqlite3
 from typing import Literal
 
@@ -40,7 +41,8 @@ _BUSY_CODES = frozenset({"SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"})
 _DAMAGED_STATES = frozenset({"SQLITE_CORRUPT", "SQLITE_NOTADB", "XX001", "XX002", "42P01", "42703"})
 """Among them: a table or column that every catalog has is not there."""
 
-_DAMAGED_TEXTS = ("no such table", "no such column", "Could not decode to UTF-8")
+_NO_TEXT = "Could not decode to UTF-8"
+_DAMAGED_TEXTS = ("no such table", "no such column")
 """For these SQLite has no code of their own."""
 
 _HINTS = {
@@ -119,6 +121,9 @@ def translate(error: BaseException, url: CatalogUrl, besides: str = "") -> tuple
     refused = state in _REFUSED_STATES or state in _REFUSED_CODES
     if refused or (not state and any(sign in text for sign in _REFUSED_TEXTS)):
         return AccessDeniedError(f"the catalog {url.shown} refused access: {detail}{besides}"), cause
+    if _NO_TEXT in text:
+        # The driver would show the bytes.
+        return damaged(f"it holds bytes that are no text{besides}", url), cause
     if _is_damage(original, state, text):
         return damaged(f"{detail}{besides}", url), cause
     if is_busy(original) or state == "55P03":
@@ -133,6 +138,15 @@ def translate(error: BaseException, url: CatalogUrl, besides: str = "") -> tuple
 def damaged(detail: str, url: CatalogUrl) -> CatalogDamagedError:
     """Return the error for a database that is not what was written, with what can be done."""
     return CatalogDamagedError(f"the catalog {url.shown} is damaged: {detail}. {_remedy(url)}")
+
+
+def unreadable(error: ValueError) -> str:
+    """Return what is wrong with a value that was read and is no text, no JSON or no time."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it holds bytes that are no text"
+    if isinstance(error, json.JSONDecodeError):
+        return "it holds text that should be JSON and is not"
+    return "it holds a value that cannot be understood"
 
 
 def _is_damage(original: BaseException, state: str, text: str) -> bool:

@@ -4,6 +4,8 @@ Imported only for a catalog in PostgreSQL, since the driver is an optional packa
 """
 
 import time
+from collections.abc import Callable
+from threading import Timer
 from typing import Any, TypeVar
 
 import psycopg
@@ -70,11 +72,12 @@ def _heard(gen: PQGen[T]) -> PQGen[T]:
         return result
 
 
-def postgres_engine(url: URL, *, migrating: bool) -> Engine:
+def postgres_engine(url: URL, timer: Callable[[], Timer], *, migrating: bool) -> Engine:
     """Return the engine of a database; options in its URL count more than those of this module.
 
     Args:
         url: of the database.
+        timer: makes what is started while a server is being connected to, and cancelled when it has answered.
         migrating: changing the schema of a large catalog may take any time, between statements as well.
     """
     arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": "tailorstore", **_TCP}
@@ -97,7 +100,13 @@ def postgres_engine(url: URL, *, migrating: bool) -> Engine:
     def connect(
         _dialect: object, _record: object, args: list[Any], parameters: dict[str, Any]
     ) -> psycopg.Connection[Any]:
-        connection = kind.connect(*args, **parameters)
+        waiting = timer()
+        waiting.daemon = True
+        waiting.start()
+        try:
+            connection = kind.connect(*args, **parameters)
+        finally:
+            waiting.cancel()
         try:
             connection.execute("; ".join(limits).encode())
             connection.commit()

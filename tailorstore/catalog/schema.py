@@ -20,7 +20,7 @@ from tailorstore.domain.errors import (
 )
 from tailorstore.domain.names import new_id
 
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 """Every revision this version knows, oldest first."""
 
 HEAD = REVISIONS[-1]

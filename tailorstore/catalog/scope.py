@@ -24,9 +24,11 @@ from sqlalchemy import (
 )
 
 from tailorstore.catalog.database import Database
-from tailorstore.catalog.tables import branches, commits, composites, layers, lines, stores, tags, versions
-from tailorstore.domain.errors import BranchNotFoundError, RootTakenError
+from tailorstore.catalog.failures import damaged
+from tailorstore.catalog.tables import branches, commits, composites, layers, lines, stores, tags, versions, withdrawn
+from tailorstore.domain.errors import BranchNotFoundError, CatalogDamagedError, RootTakenError
 from tailorstore.domain.names import layer_component
+from tailorstore.domain.proof import proof_of_versions
 from tailorstore.domain.records import Binding, Commit, Composite, LayerVersion
 
 T = TypeVar("T")
@@ -59,6 +61,7 @@ COMMIT_COLUMNS = (
     commits.c.bytes_written,
     commits.c.bytes_logical,
     commits.c.line_pk,
+    commits.c.proof,
 )
 
 _bases = versions.alias("bases")
@@ -214,7 +217,13 @@ class Scope:
             select(branches.c.name).where(branches.c.store_pk == self._pk).order_by(branches.c.name).limit(20)
         ).all()
         if not known:
-            return BranchNotFoundError(f"branch {branch!r} has no commits: nothing was committed to this store yet")
+            mine = (withdrawn.c.store_pk == self._pk) & (withdrawn.c.reason == "unreadable")
+            damaged = len(connection.scalars(select(withdrawn.c.commit_id).where(mine)).all())
+            why = "nothing was committed to this store yet"
+            if damaged:
+                manifests = "manifest" if damaged == 1 else "manifests"
+                why = f"{damaged} {manifests} could not be read, and 'tailorstore rebuild --dry-run' says which"
+            return BranchNotFoundError(f"branch {branch!r} has no commits: {why}")
         return BranchNotFoundError(f"no branch {branch!r}; there are: {', '.join(known)}")
 
     def _name_taken(self, connection: Connection, table: Table, name: str) -> bool:
@@ -276,7 +285,14 @@ class Scope:
         found = connection.execute(held.where(composites.c.commit_pk == row.pk)).all()
         by_layer = self._by_layer(connection, found)
         light = any(version.fidelity == "light" for version in by_layer.values())
+        if row.proof not in (None, proof_of_versions(row.commit_id, row.step, by_layer.values())):
+            raise self._contradicts(row.step, row.branch)
         return Composite(to_commit(row), by_layer, self._bases_in(connection, row.pk) if light else {})
+
+    def _contradicts(self, step: int, branch: str) -> CatalogDamagedError:
+        """Return the error for a commit whose rows are not those that were published."""
+        what = f"its rows of step {step}, committed on {branch!r}, are not those that were published"
+        return damaged(what, self._database.url)
 
     def _bases_in(self, connection: Connection, commit_pk: int) -> dict[str, LayerVersion]:
         """Return the bases of a composite's light versions, by layer."""
@@ -307,7 +323,7 @@ def to_commit(row: AnyRow) -> Commit:
     )
 
 
-def commit_row(commit: Commit, store_pk: int, line_pk: int) -> dict[str, Any]:
+def commit_row(commit: Commit, store_pk: int, line_pk: int, proof: str | None) -> dict[str, Any]:
     """Return a commit as a row of ``commits``."""
     return {
         "store_pk": store_pk,
@@ -322,6 +338,7 @@ def commit_row(commit: Commit, store_pk: int, line_pk: int) -> dict[str, Any]:
         "layers_written": list(commit.layers_written),
         "bytes_written": commit.bytes_written,
         "bytes_logical": commit.bytes_logical,
+        "proof": proof,
     }
 
 

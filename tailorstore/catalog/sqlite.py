@@ -53,7 +53,7 @@ class SqliteFile:
     Raises:
         AccessDeniedError: the file or folder may not be read or made.
         CatalogUnavailableError: the folder cannot be made.
-        StoreNotFoundError: there is no file, and making one was not asked for.
+        StoreNotFoundError: there is no file, or an empty one, and making one was not asked for.
         MissingDependencyError: Python's SQLite is too old.
     """
 
@@ -67,6 +67,8 @@ class SqliteFile:
         self._migrating = migrating
         self._identity: tuple[int, int] | None = None
         _find(url, path, create=create)
+        if not create and not migrating:
+            _refuse_empty(url, path)
         self.read_only = url.asks_read_only or not _writable(path)
 
     def engine(self) -> Engine:
@@ -194,6 +196,14 @@ def _find(url: CatalogUrl, path: Path, *, create: bool) -> None:
     # SQLite would not let a group write it, whatever the umask; the files beside it get this one's permissions.
     with contextlib.suppress(OSError):
         path.touch(mode=0o666)
+
+
+def _refuse_empty(url: CatalogUrl, path: Path) -> None:
+    """Say of an empty file that it is empty, and leave it as it is: opening it would make a database of it."""
+    log = path.with_name(f"{path.name}-wal")
+    if path.stat().st_size == 0 and not log.exists():
+        msg = f"the catalog {url.shown} is an empty file"
+        raise StoreNotFoundError(msg)
 
 
 def _flush_folders(folder: Path) -> None:

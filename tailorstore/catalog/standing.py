@@ -70,11 +70,16 @@ class Standings(Scope):
 
         return self._read(work)
 
+    def unreadable(self) -> set[str]:
+        """Return the ids of the manifests and records that a take-over found and could not understand."""
+        mine = (withdrawn.c.store_pk == self._pk) & (withdrawn.c.reason == "unreadable")
+        return self._read(lambda connection: set(connection.scalars(select(withdrawn.c.commit_id).where(mine))))
+
     def forget_withdrawn(self, present: Set[str], grace: timedelta) -> int:
         """Forget ids that were withdrawn longer than ``grace`` ago and of which nothing is left; returns how many.
 
         Args:
-            present: ids that the root's listing shows, as manifests or as versions.
+            present: ids that the root's listing shows, as manifests, as versions, or as records of tags and branches.
             grace: time for what a process that was withdrawn from may still be writing.
 
         Raises:

@@ -176,6 +176,7 @@ commits = Table(
     Column("bytes_written", BigInteger, nullable=False),
     Column("bytes_logical", BigInteger, nullable=False),
     Column("verified_at", UtcDateTime),
+    Column("proof", String(32)),
     UniqueConstraint("store_pk", "commit_id"),
     UniqueConstraint("line_pk", "step"),
     Index(None, "store_pk", "step"),

@@ -27,6 +27,7 @@ from tailorstore.catalog.verifying import put_into_quarantine
 from tailorstore.domain.errors import CorruptDocumentError, RefNotFoundError
 from tailorstore.domain.lines import Tip
 from tailorstore.domain.names import new_id
+from tailorstore.domain.proof import proof_of_versions
 from tailorstore.domain.records import CommitManifest, LayerVersion, Standing
 from tailorstore.domain.replay import parents_of_lines
 
@@ -94,7 +95,7 @@ class TakingOver(Measuring, Standings):
         self, connection: Connection, manifests: Sequence[CommitManifest], line_pks: Mapping[str, int]
     ) -> dict[str, int]:
         """Insert the commits, each on its line, and return the keys by id."""
-        rows = (commit_row(one.commit, self._pk, line_pks[one.lines[0].line]) for one in manifests)
+        rows = (commit_row(one.commit, self._pk, line_pks[one.lines[0].line], _proof_of(one)) for one in manifests)
         _insert_all(connection, commits, rows)
         found = select(commits.c.commit_id, commits.c.pk).where(commits.c.store_pk == self._pk)
         return {row.commit_id: row.pk for row in connection.execute(found)}
@@ -202,3 +203,7 @@ class TakingOver(Measuring, Standings):
 def _insert_all(connection: Connection, table: Table, rows: Iterable[dict[str, Any]]) -> None:
     for batch in in_batches(rows, ROWS_TOGETHER):
         connection.execute(insert(table), batch)
+
+
+def _proof_of(manifest: CommitManifest) -> str:
+    return proof_of_versions(manifest.commit.id, manifest.commit.step, manifest.versions.values())

@@ -4,12 +4,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, func, select, update
+from sqlalchemy import ColumnElement, Connection, func, select, text, update
 
-from tailorstore.catalog.scope import IDS_TOGETHER, AnyRow, Scope, in_batches, to_commit
+from tailorstore.catalog.failures import damaged
+from tailorstore.catalog.scope import IDS_TOGETHER, ROWS_TOGETHER, AnyRow, Scope, in_batches, to_commit
 from tailorstore.catalog.tables import commits, composites, layers, lines, versions
 from tailorstore.domain.errors import RefNotFoundError
+from tailorstore.domain.proof import mark_of, proof_of
 from tailorstore.domain.records import Commit, LayerVersion
+
+_COMMITS_TOGETHER = 100
+"""Whose composites are read at once: with 400 layers 40,000 rows."""
 
 _PAGE = 2000
 """Rows read at once where it is not known how many are needed."""
@@ -21,6 +26,53 @@ class Verifying(Scope):
     All raise CatalogUnavailableError where the database does not answer; those that write also AccessDeniedError where
     the catalog is read-only, and RootTakenError where the store was taken over.
     """
+
+    def check_sound(self) -> None:
+        """Make sure that every commit holds what it held when it was published, and that the database is in order.
+
+        For what deletes, writes over or believes what the catalog says. Reads a row for every layer of every commit.
+
+        Raises:
+            CatalogDamagedError: it is not so.
+        """
+
+        def work(connection: Connection) -> None:
+            if self._database.is_sqlite:
+                said = connection.scalar(text("PRAGMA integrity_check(1)"))
+                if said != "ok":
+                    raise damaged(str(said), self._database.url)
+            self._check_proofs(connection)
+
+        self._read(work)
+
+    def _check_proofs(self, connection: Connection) -> None:
+        marks = self._marks(connection)
+        proved = connection.execute(self._commits().where(commits.c.proof.is_not(None))).all()
+        for batch in in_batches(proved, _COMMITS_TOGETHER):
+            held = select(composites.c.commit_pk, composites.c.version_pk)
+            sums = dict.fromkeys((row.pk for row in batch), 0)
+            for commit_pk, version_pk in connection.execute(held.where(composites.c.commit_pk.in_(sums))):
+                sums[commit_pk] += marks.get(version_pk, 0)
+            for row in batch:
+                if row.proof != proof_of(row.commit_id, row.step, [sums[row.pk]]):
+                    raise self._contradicts(row.step, row.branch)
+
+    def _marks(self, connection: Connection) -> dict[int, int]:
+        """Return what each version of the store adds to a proof, by its key."""
+        base = versions.alias("base")
+        names = self._load_layers(connection)
+        columns = (versions.c.pk, versions.c.layer_pk, versions.c.version_id, versions.c.digest, versions.c.fidelity)
+        found = select(*columns, base.c.version_id.label("base_id"))
+        page = found.outerjoin_from(versions, base, base.c.pk == versions.c.base_pk).order_by(versions.c.pk)
+        marks: dict[int, int] = {}
+        last = -1
+        while rows := connection.execute(page.where(versions.c.pk > last).limit(ROWS_TOGETHER)).all():
+            last = rows[-1].pk
+            for row in rows:
+                if row.layer_pk in names:
+                    told = (names[row.layer_pk], row.version_id, row.digest, row.fidelity, row.base_id)
+                    marks[row.pk] = mark_of(*told)
+        return marks
 
     def least_recently_verified(self, fraction: float) -> tuple[list[LayerVersion], list[str]]:
         """Return the versions and the ids of the commits whose turn it is to be verified.

@@ -184,7 +184,7 @@ class Writing(Measuring, Standings):
             branch = self._expect_parent(connection, draft)
             line_pk = self._add_line(connection, draft.id) if branch is None else branch.line_pk
             commit = _finished(draft, new_versions, now)
-            row = commit_row(commit, self._pk, line_pk)
+            row = commit_row(commit, self._pk, line_pk, draft.proof)
             commit_pk = added_key(connection.execute(insert(commits).values(row)))
             self._add_versions(connection, new_versions, now)
             parent_pk = None if branch is None else branch.head_pk
@@ -317,7 +317,8 @@ class Writing(Measuring, Standings):
         where = "moved or was deleted" if head_step is None else f"is now at step {head_step}"
         msg = (
             f"branch {draft.branch!r} {where} while step {draft.step} was being written: another process published "
-            f"or moved it. Nothing of commit {draft.id} is visible"
+            f"or moved it. Nothing of commit {draft.id} is visible. Stop the other trainer, or open the store"
+            " with a branch of your own (branch=…)"
         )
         return HeadMovedError(msg)
 

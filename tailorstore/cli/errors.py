@@ -81,4 +81,4 @@ def error_kind(error: BaseException) -> str:
     if not isinstance(error, TailorError):
         return "unexpected"
     name = type(error).__name__.removesuffix("Error")
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=.)(?=[A-Z])", "_", name).lower()

@@ -1,12 +1,14 @@
 """How answers look: tables for people, plain columns for pipes, one JSON document for programs."""
 
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TextIO
@@ -75,6 +77,21 @@ def print_line(text: str = "", *, wrap: bool = True) -> None:
 def print_note(text: str) -> None:
     """Print one line on stderr, where it does not get into what a pipe reads."""
     click.echo(_fitted(shown(text), sys.stderr), err=True)
+
+
+@contextmanager
+def without_warnings(naming: str) -> Iterator[None]:
+    """Leave out what the library warns of with this text in it, while the block lasts: advice that is followed."""
+    logger = logging.getLogger("tailorstore")
+
+    def differs(record: logging.LogRecord) -> bool:
+        return naming not in record.getMessage()
+
+    logger.addFilter(differs)
+    try:
+        yield
+    finally:
+        logger.removeFilter(differs)
 
 
 def print_error(text: str) -> None:

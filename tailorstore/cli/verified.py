@@ -16,13 +16,15 @@ from tailorstore.cli.output import (
     print_table,
     size,
 )
-from tailorstore.domain.names import REFS_PREFIX
+from tailorstore.domain.errors import BranchNotFoundError
+from tailorstore.domain.names import REFS_PREFIX, version_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tailorstore.cli.settings import Settings
     from tailorstore.domain.records import Damage, Loss, Unknown, VerifyReport
+    from tailorstore.engine.store import Store
 
 _DAMAGES = (
     Column("damage", style="red"),
@@ -41,11 +43,13 @@ _LOSSES = (
 _UNKNOWN = (Column("object"), Column("size", right=True))
 _ROWS = 20
 
-_NOT_REPAIRED = (
-    "Commits that lose nothing restore as before; 'tailorstore checkout latest --fallback' takes the newest of them."
-    " 'tailorstore verify --repair' makes again what follows from what is known, and puts damaged layers into"
-    " quarantine, so that the next commit writes them anew."
+_WAY_BACK = (
+    "Commits that lose no layer restore as before; 'tailorstore checkout latest --fallback' takes the newest of them."
 )
+_NO_WAY_BACK = "Every commit that led to the newest loses layers; their others can be read from a plain checkout."
+_REPAIR = "'tailorstore verify --repair' "
+_REPAIRABLE = "makes again what follows from what is known"
+_NOT_IN_QUARANTINE = "puts damaged layers into quarantine, so that the next commit writes them anew"
 _QUARANTINED = (
     "Nothing was deleted and no composite was changed: those that hold a layer in quarantine say so. The next commit"
     " that captures the layer writes it anew, whatever its mask says. What is put back by hand leaves quarantine at the"
@@ -53,20 +57,40 @@ _QUARANTINED = (
 )
 
 
-def print_report(settings: "Settings", report: "VerifyReport", *, repaired: bool = False) -> None:
-    """Print a report, and end with the exit code that fits."""
+def leads_back(store: "Store", report: "VerifyReport") -> bool | None:
+    """Tell whether a fallback from the newest commit finds one that loses no layer; ``None`` where none is needed."""
+    losing = {loss.commit for loss in report.losses if loss.layers}
+    if not losing:
+        return None
+    try:
+        return any(commit.id not in losing for commit in store.log())
+    except BranchNotFoundError:
+        return None
+
+
+def print_report(
+    settings: "Settings", report: "VerifyReport", *, way_back: bool | None, repaired: bool = False
+) -> None:
+    """Print a report, and end with the exit code that fits.
+
+    Args:
+        settings: of the call.
+        report: what was found.
+        way_back: as :func:`leads_back` told.
+        repaired: whether it was to be repaired, too.
+    """
     if settings.json:
         print_json({**plain(report), "ok": report.ok})
     else:
-        _print_for_people(report, repaired=repaired)
+        _print_for_people(report, way_back=way_back, repaired=repaired)
     if not report.ok:
         raise click.exceptions.Exit(BROKEN)
 
 
-def _print_for_people(report: "VerifyReport", *, repaired: bool) -> None:
+def _print_for_people(report: "VerifyReport", *, way_back: bool | None, repaired: bool) -> None:
     read = f"{count(report.versions, 'layer version')}, {count(report.objects, 'object')}, {size(report.bytes_read)}"
     if report.damages:
-        print_table(_DAMAGES, [_damage_row(damage) for damage in report.damages])
+        print_table(_DAMAGES, [_damage_row(damage, _is_away(damage, report)) for damage in report.damages])
         print_line()
         print_line(f"Found {count(len(report.damages), 'damage')} in {read}.")
     else:
@@ -81,8 +105,8 @@ def _print_for_people(report: "VerifyReport", *, repaired: bool) -> None:
         print_line(f"Whole again, and out of quarantine: {prefix}")
     if report.quarantined:
         print_line(_QUARANTINED)
-    elif not report.ok and not repaired:
-        print_line(_NOT_REPAIRED)
+    for advice in _advice(report, way_back=way_back, repaired=repaired):
+        print_line(advice)
     _print_names(report)
     _print_unknown(report.unknown)
     if report.awaiting_gc:
@@ -91,13 +115,30 @@ def _print_for_people(report: "VerifyReport", *, repaired: bool) -> None:
         )
 
 
-def _damage_row(damage: "Damage") -> list[str]:
+def _advice(report: "VerifyReport", *, way_back: bool | None, repaired: bool) -> "Iterator[str]":
+    """Yield what there is to do, as far as it applies."""
+    if way_back is not None:
+        yield _WAY_BACK if way_back else _NO_WAY_BACK
+    left = [damage for damage in report.damages if not damage.mended and not _is_away(damage, report)]
+    made_again = any(damage.readable or damage.version_id is None for damage in left)
+    put_away = any(not damage.readable and damage.version_id is not None for damage in left)
+    verbs = [_REPAIRABLE] * made_again + [_NOT_IN_QUARANTINE] * put_away
+    if verbs and not repaired:
+        yield f"{_REPAIR}{', and '.join(verbs)}."
+
+
+def _is_away(damage: "Damage", report: "VerifyReport") -> bool:
+    """Tell whether a damage is of a layer version in quarantine."""
+    return damage.version_id is not None and version_prefix(damage.layer, damage.version_id) in report.quarantined
+
+
+def _damage_row(damage: "Damage", away: bool) -> list[str]:
     if damage.key.startswith(REFS_PREFIX):
         what = f"{damage.detail} - no longer needed, and deleted" if damage.mended else damage.detail
         return [damage.kind, "(tag or branch)", "", damage.key, "", what]
     layer = damage.layer if damage.version_id is not None else "(manifest)"
-    what = f"{damage.detail} - made again" if damage.mended else damage.detail
-    return [damage.kind, layer, str(damage.step), damage.key, str(len(damage.commits)), what]
+    what = damage.detail + (" - made again" if damage.mended else " - in quarantine" if away else "")
+    return [damage.kind, layer, str(damage.step) if damage.commits else "", damage.key, str(len(damage.commits)), what]
 
 
 def _print_names(report: "VerifyReport") -> None:

@@ -107,6 +107,8 @@ class CommitDraft:
     """Id of the line that its manifest says it is on; ``None``: no manifest says anything."""
     created_at: datetime | None = None
     """When it was made, as its manifest says; ``None``: when it is published."""
+    proof: str | None = None
+    """Of the composite that it will have (:mod:`tailorstore.domain.proof`); ``None``: none is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,8 @@ Standing = Literal["announced", "published", "voided", "abandoned", "expired", "
 """What a catalog knows of a commit id.
 
 ``voided``: its lease lapsed; ``abandoned``: its writer gave it up; ``unplaced``: a rebuild found a manifest of it that
-was never published, or layers and no manifest; ``unreadable``: it found one that says nothing.
+was never published, or layers and no manifest; ``unreadable``: it found one that says nothing, or a record of a tag or
+branch of that id which does.
 """
 
 
@@ -356,7 +359,7 @@ class VerifyReport:
     awaiting_gc: int = 0
     """Of a whole store: objects of expired and unpublished commits that wait for GC."""
     quarantined: tuple[str, ...] = ()
-    """Prefixes of the layer versions that a repair put into quarantine, those that were there already included."""
+    """Prefixes of the damaged layer versions that are in quarantine: since this repair, or since an earlier one."""
     lifted: tuple[str, ...] = ()
     """Prefixes of those that were in quarantine and are whole again."""
     unrecorded: tuple[str, ...] = ()

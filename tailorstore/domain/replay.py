@@ -30,6 +30,9 @@ class Replayed:
     """Ids of commits that were not published."""
     contradictory: tuple[str, ...]
     """Ids of commits whose manifests say of a line what older ones deny."""
+    dangling: tuple[str, ...] = ()
+    """Tags and branches, as ``tag best``, whose last change points to a commit that is not among the published ones, so
+    that they are gone, or stand where they stood before."""
 
 
 def replay(manifests: Iterable[CommitManifest], records: Sequence[RefRecord]) -> Replayed:
@@ -56,12 +59,14 @@ def replay(manifests: Iterable[CommitManifest], records: Sequence[RefRecord]) ->
         standing = [commit for commit in found if commit.id not in refused]
         placed |= {commit.id for commit in _published(standing, by_id, named)}
     history = sorted((by_id[one] for one in placed), key=_age)
+    branches, without_end = _tips(history, records)
     return Replayed(
         commits=tuple(history),
-        branches=_tips(history, records),
+        branches=branches,
         tags=_tags(placed, records),
         unplaced=tuple(one for one in by_id if one not in placed),
         contradictory=contradictory,
+        dangling=tuple(sorted([*_lost_tags(placed, records), *(f"branch {name}" for name in without_end)])),
     )
 
 
@@ -191,8 +196,11 @@ def _published(found: Sequence[Commit], by_id: Mapping[str, object], named: Abst
     return [*chain.values(), *doubtful.values()]
 
 
-def _tips(history: Sequence[CommitManifest], records: Sequence[RefRecord]) -> dict[str, Tip]:
-    """Return where branches point: each to the end of the line on which something happened last."""
+def _tips(history: Sequence[CommitManifest], records: Sequence[RefRecord]) -> tuple[dict[str, Tip], set[str]]:
+    """Return where branches point: each to the end of the line on which something happened last.
+
+    And those of which this line has no end: nothing that was committed there, nor what it began at, can be read.
+    """
     placed = {manifest.commit.id for manifest in history}
     last: dict[tuple[str, str], datetime] = {}
     ends: dict[tuple[str, str], Tip] = {}
@@ -213,10 +221,16 @@ def _tips(history: Sequence[CommitManifest], records: Sequence[RefRecord]) -> di
         last[key] = max(commit.created_at, last.get(key, commit.created_at))
         ends[key] = Tip(commit.id, line)
     tips: dict[str, Tip] = {}
+    without_end: set[str] = set()
     for (name, line), when in sorted(last.items(), key=lambda item: item[1]):
-        if (name, line) in ends and (name not in removed or removed[name] <= when):
+        if name in removed and removed[name] > when:
+            continue
+        if (name, line) in ends:
             tips[name] = ends[name, line]
-    return tips
+            without_end.discard(name)
+        else:
+            without_end.add(name)
+    return tips, without_end
 
 
 def _tags(placed: AbstractSet[str], records: Sequence[RefRecord]) -> dict[str, str]:
@@ -227,3 +241,10 @@ def _tags(placed: AbstractSet[str], records: Sequence[RefRecord]) -> dict[str, s
         elif record.kind == "tag" and record.commit is not None and record.commit in placed:
             tags[record.name] = record.commit
     return tags
+
+
+def _lost_tags(placed: AbstractSet[str], records: Sequence[RefRecord]) -> list[str]:
+    last = {
+        record.name: record.commit for record in sorted(records, key=attrgetter("created_at")) if record.kind == "tag"
+    }
+    return [f"tag {name}" for name, commit in last.items() if commit is not None and commit not in placed]

@@ -27,7 +27,10 @@ class RebuildReport:
     unclaimed: tuple[str, ...] = ()
     """Ids of commits that wrote layers and have no manifest: it was lost, or they never got so far."""
     unreadable: tuple[str, ...] = ()
-    """Keys of documents that could not be understood. GC leaves alone what was written under their ids."""
+    """Keys of documents that could not be understood. GC deletes nothing while they are there."""
+    dangling: tuple[str, ...] = ()
+    """Tags and branches, as ``tag best``, that point to a commit whose manifest is gone or could not be understood:
+    they are not among those above, or stand where they stood before."""
     incomplete: tuple[IncompleteCommit, ...] = ()
     """Commits that came back without all of their layers; oldest first."""
     written: tuple[str, ...] = ()

@@ -5,11 +5,11 @@ that is not on record: no damage, and yet a rebuild would not find it. A repair 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import FormatTooNewError, TailorError
+from tailorstore.domain.errors import CorruptDocumentError, FormatTooNewError, TailorError
 from tailorstore.domain.names import new_id, ref_record_key
 from tailorstore.domain.records import Damage, RefRecord
 from tailorstore.domain.replay import Replayed, replay
@@ -17,6 +17,11 @@ from tailorstore.engine.rebuild import read_records
 from tailorstore.engine.verify import what_is_said
 from tailorstore.storage.manifests import write_ref_record
 from tailorstore.storage.transport import Objects
+
+_WHAT_TO_DO = (
+    "what it said nobody knows. Put it back from a backup and run 'tailorstore rebuild', or set the name again with"
+    " 'tailorstore tag' or 'tailorstore branch', then delete this file"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +31,33 @@ class Changes:
     read: int
     """How many there are."""
     unreadable: Mapping[str, TailorError]
-    """Ids of those that cannot be understood, and why."""
+    """Ids of those that cannot be understood, and why; and of those that the catalog has never read."""
     missing: tuple[RefRecord, ...]
     """What would have to be on record for a rebuild to find each name where it is."""
+    never_read: frozenset[str] = frozenset()
+    """Ids of those that could not be read when the catalog was made from the root. They may be all that is left of a
+    name, so nobody but a person may replace or delete them."""
 
     @property
     def too_new(self) -> frozenset[str]:
         """Ids of those that a newer version of tailorstore wrote: nobody here may replace or delete them."""
         return frozenset(one for one, error in self.unreadable.items() if isinstance(error, FormatTooNewError))
 
+    @property
+    def untouchable(self) -> frozenset[str]:
+        """Ids of those that a repair leaves as they are."""
+        return self.too_new | self.never_read
+
     def damages(self, url: str) -> tuple[Damage, ...]:
         """Return the records that cannot be read, as damage."""
-        keys = {ref_record_key(one): error for one, error in self.unreadable.items()}
         return tuple(
-            Damage("document", "", 0, key, what_is_said(error, key, url), readable=True)
-            for key, error in sorted(keys.items())
+            Damage("document", "", 0, ref_record_key(one), self._said(one, url), readable=True)
+            for one in sorted(self.unreadable)
         )
+
+    def _said(self, record_id: str, url: str) -> str:
+        said = what_is_said(self.unreadable[record_id], ref_record_key(record_id), url)
+        return f"{said}: {_WHAT_TO_DO}" if record_id in self.never_read - self.too_new else said
 
 
 def names_of(records: Collection[RefRecord]) -> tuple[str, ...]:
@@ -49,7 +65,9 @@ def names_of(records: Collection[RefRecord]) -> tuple[str, ...]:
     return tuple(sorted(f"{one.kind} {one.name}" for one in records))
 
 
-def read_changes(objects: Objects, catalog: StoreCatalog, before: Replayed | None = None) -> Changes:
+def read_changes(
+    objects: Objects, catalog: StoreCatalog, before: Replayed | None = None, *, owned: bool = True
+) -> Changes:
     """Read all records, in parallel, and compare what they tell with the catalog.
 
     Every name whose last change is on record is found, whatever was moved, removed or expired before.
@@ -59,11 +77,16 @@ def read_changes(objects: Objects, catalog: StoreCatalog, before: Replayed | Non
         catalog: of its owner, or one that was made of its documents.
         before: what the catalog said a while ago. Of names that have changed since, the record may just be on its way:
             they are left out.
+        owned: whether the catalog is the root's owner.
 
     Raises:
         UnavailableError, AccessDeniedError: root or catalog cannot be read.
     """
     records, unreadable = read_records(objects)
+    never_read = frozenset(catalog.unreadable() & {*records, *unreadable}) if owned else frozenset()
+    for record_id in never_read & records.keys():
+        # Nothing that the catalog says of this name contradicts it.
+        unreadable[record_id] = CorruptDocumentError(f"{ref_record_key(records.pop(record_id).id)} can be read again")
     # Told before the names are: a change that is not among them is later than what a repair writes of them.
     when = catalog.now()
     known = catalog.whole_history()
@@ -71,7 +94,7 @@ def read_changes(objects: Objects, catalog: StoreCatalog, before: Replayed | Non
     if before is not None:
         past, present = _commits_by_name(before), _commits_by_name(known)
         missing = [one for one in missing if past.get((one.kind, one.name)) == present.get((one.kind, one.name))]
-    return Changes(len(records) + len(unreadable), unreadable, tuple(missing))
+    return Changes(len(records) + len(unreadable), unreadable, tuple(missing), never_read)
 
 
 def record_again(objects: Objects, catalog: StoreCatalog, before: Replayed) -> tuple[Changes, Changes]:
@@ -89,17 +112,17 @@ def record_again(objects: Objects, catalog: StoreCatalog, before: Replayed) -> t
     """
     found = read_changes(objects, catalog, before)
     for record in found.missing:
-        if record.id not in found.too_new:
+        if record.id not in found.untouchable:
             write_ref_record(objects, record)
     if not found.missing and not found.unreadable:
         return found, found
     left = read_changes(objects, catalog)
     if left.missing:
         return found, left
-    going = [ref_record_key(one) for one in left.unreadable.keys() - left.too_new]
+    going = [ref_record_key(one) for one in left.unreadable.keys() - left.untouchable]
     gone = set(going) - {failure.key for failure in objects.delete(going)}
     kept = {one: error for one, error in left.unreadable.items() if ref_record_key(one) not in gone}
-    return found, Changes(left.read, kept, ())
+    return found, replace(left, unreadable=kept)
 
 
 def _commits_by_name(said: Replayed) -> dict[tuple[str, str], str]:

@@ -11,6 +11,7 @@ from tailorstore.domain.errors import (
     ConflictError,
     IntegrityError,
     RefNotFoundError,
+    TailorError,
     UnavailableError,
 )
 from tailorstore.domain.names import Ref, parse_ref
@@ -18,6 +19,7 @@ from tailorstore.domain.records import Commit, Composite, LayerDocument, LayerVe
 from tailorstore.engine.checkout import Checkpoint
 from tailorstore.engine.gc import Progress
 from tailorstore.engine.observed import observations
+from tailorstore.engine.repair import put_away
 from tailorstore.engine.session import Session
 from tailorstore.engine.verify import Remember, Verification, pair_of
 
@@ -60,6 +62,9 @@ def claim_whole(session: Session, ref: Ref, branch: str, progress: Progress | No
 
     What composites share is read once.
 
+    What cannot be read goes into quarantine where the catalog owns the root and can be written: the next commit writes
+    these layers anew, whatever its mask says.
+
     Raises:
         IntegrityError: none verifies; lists what was tried.
         RefNotFoundError, AmbiguousRefError: the ref itself is not one commit's.
@@ -82,17 +87,47 @@ def claim_whole(session: Session, ref: Ref, branch: str, progress: Progress | No
     for commit in candidates:
         with suppress(RefNotFoundError), claimed(session, parse_ref(commit), branch) as composite:  # expired since
             if holds(composite):
+                _put_away(session, verification)
                 found = claim(session, parse_ref(commit), branch)
                 logger.warning(
-                    "step %d on %r does not verify; step %d is the newest before it that does. Tried: %s",
+                    "step %d on %r does not verify; step %d is the newest before it that does. Tried: %s.%s",
                     *(asked.step, asked.branch, commit.step, "; ".join(tried)),
+                    _how_to_train_on(session, branch, asked, commit),
                 )
                 return replace(found, fallback_from=asked)
+    _put_away(session, verification)
     msg = (
         f"no commit that led to step {asked.step} on {asked.branch!r} verifies. Tried: {'; '.join(tried)}."
         " 'tailorstore verify' tells what is damaged; layers that are whole can be read from a plain checkout"
     )
     raise IntegrityError(msg)
+
+
+def _put_away(session: Session, verification: Verification) -> None:
+    """Put what was found broken into quarantine, if this process may: else a commit could take it for unchanged."""
+    if not session.writable:
+        return
+    try:
+        put_away(session.objects, session.catalog, session.binding, verification)
+    except TailorError as error:
+        # What is whole can be read all the same.
+        logger.warning("what is damaged was not put into quarantine, 'tailorstore verify --repair' does: %s", error)
+
+
+def _how_to_train_on(session: Session, branch: str, asked: Commit, found: Commit) -> str:
+    """Return how to go on from a commit that was found in place of another; nothing where no branch leads there."""
+    for name in dict.fromkeys((branch, asked.branch)) if session.writable else ():
+        with suppress(RefNotFoundError):
+            head = session.catalog.head(name)
+            if head is None or asked not in session.catalog.commits_to(head.id):
+                continue
+            there = f"{name}@{found.step}"
+            return (
+                f" To train on from there: store.branch({name!r}, {there!r}, move=True), or 'tailorstore branch {name}"
+                f" {there} --move'. Until then commits on {name!r} at steps up to {head.step} are refused, and a later"
+                f" one leaves what its mask does not name as step {head.step} has it"
+            )
+    return ""
 
 
 def _broken_layers(verification: Verification, composite: Composite) -> list[str]:

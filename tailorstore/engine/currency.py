@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from tailorstore.catalog.catalog import StoreCatalog
-from tailorstore.domain.errors import CatalogOutdatedError
-from tailorstore.domain.names import least_id, manifest_key
+from tailorstore.domain.errors import CatalogOutdatedError, CorruptDocumentError
+from tailorstore.domain.names import least_id, manifest_key, ref_record_key
 from tailorstore.domain.records import Binding, CommitManifest
 from tailorstore.engine.rebuild import read_manifests
 from tailorstore.storage.manifests import manifest_ids
+from tailorstore.storage.threads import map_in_threads
 from tailorstore.storage.transport import Objects
 
 CLOCKS_APART = timedelta(hours=1)
@@ -45,10 +46,17 @@ def find_newer(objects: Objects, catalog: StoreCatalog, binding: Binding, *, eve
     """
     newest = None if everywhere else catalog.newest()
     after = "" if newest is None else manifest_key(least_id(newest - CLOCKS_APART))
+    return _by_age(_find_unheard(objects, catalog, binding, after))
+
+
+def _find_unheard(objects: Objects, catalog: StoreCatalog, binding: Binding, after: str = "") -> Unheard:
     # Listed first and asked after: what is announced in between is in no listing.
     listed = list(manifest_ids(objects, after=after))
     known = catalog.standings(listed)
-    unheard = sort_unheard(objects, [one for one in listed if one not in known], binding)
+    return sort_unheard(objects, [one for one in listed if one not in known], binding)
+
+
+def _by_age(unheard: Unheard) -> list[CommitManifest]:
     return sorted(unheard.newer.values(), key=lambda one: (one.commit.created_at, one.commit.id))
 
 
@@ -65,18 +73,42 @@ def sort_unheard(objects: Objects, commit_ids: Sequence[str], binding: Binding) 
 
 
 def check_current(objects: Objects, catalog: StoreCatalog, binding: Binding) -> None:
-    """Make sure that the catalog knows of everything that was published.
+    """Make sure that the catalog knows of everything that was published, and of every name.
 
     Raises:
         CatalogOutdatedError: it is older than its root.
+        CorruptDocumentError: nobody can tell, as there are documents that it never read and that cannot be understood.
     """
-    newer = find_newer(objects, catalog, binding, everywhere=True)
+    unheard = _find_unheard(objects, catalog, binding)
+    newer = _by_age(unheard)
     if newer:
         msg = (
             f"the catalog is older than the root {objects.url}: {in_words(newer)}. Nothing was deleted; bring the"
             " catalog up to date with 'tailorstore rebuild'"
         )
         raise CatalogOutdatedError(msg)
+    unread = sorted({*unread_documents(objects, catalog), *map(manifest_key, unheard.unreadable)})
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        msg = (
+            f"nobody knows what these documents of {objects.url} said, and so what may go: {', '.join(unread[:3])}"
+            f"{more}. Nothing was deleted. Put them back from a backup and run 'tailorstore rebuild', or delete them;"
+            " then run gc again. If a newer tailorstore wrote them, use that one"
+        )
+        raise CorruptDocumentError(msg)
+
+
+def unread_documents(objects: Objects, catalog: StoreCatalog) -> tuple[str, ...]:
+    """Return the keys of the manifests and records that a take-over could not understand, and that are still there.
+
+    Where there are none, that costs no request.
+
+    Raises:
+        UnavailableError, AccessDeniedError: root or catalog cannot be read.
+    """
+    keys = [key for one in sorted(catalog.unreadable()) for key in (manifest_key(one), ref_record_key(one))]
+    there = map_in_threads(objects.exists, keys, objects.workers) if keys else []
+    return tuple(sorted(key for key, is_there in zip(keys, there, strict=True) if is_there))
 
 
 def in_words(newer: Iterable[CommitManifest]) -> str:

@@ -4,7 +4,9 @@ What may be deleted is decided by the catalog alone; the order is DESIGN.md, "Or
 standing first and is deleted after the grace period, so readers that hold no lease have that long to finish.
 
 Records of tags and branches are left alone, all of them: they are small, any may be what a rebuild needs to tell where
-a name points, and one that cannot be read is damaged. ``verify`` names it, and a repair replaces it.
+a name points, and one that cannot be read is damaged. ``verify`` names it, and a repair replaces it. Where there are
+manifests or records of which nobody knows what they said, nothing is deleted at all: what they need, others may have
+written.
 """
 
 import logging
@@ -21,6 +23,7 @@ from tailorstore.domain.names import (
     COMMITS_PREFIX,
     LAYERS_PREFIX,
     QUARANTINE_PREFIX,
+    REFS_PREFIX,
     is_id,
     layer_component,
 )
@@ -76,6 +79,8 @@ class _Listing:
     versions: dict[tuple[str, str], _Found] = field(default_factory=lambda: defaultdict(_Found))
     """By path component of the layer, and version id."""
     manifests: dict[str, _Found] = field(default_factory=lambda: defaultdict(_Found))
+    records: set[str] = field(default_factory=set)
+    """Ids of records of tags and branches, which are left alone."""
     replacements: list[_Found] = field(default_factory=list)
 
     def add(self, info: ObjectInfo) -> None:
@@ -92,6 +97,8 @@ class _Listing:
             self.versions[parts[1], record_of].add(info)
         elif commit_id := _in_folder(info.key, COMMITS_PREFIX):
             self.manifests[commit_id].add(info)
+        elif record_id := _in_folder(info.key, REFS_PREFIX):
+            self.records.add(record_id)
 
 
 @dataclass(slots=True)
@@ -128,6 +135,8 @@ def collect(
     Raises:
         RootTakenError: another catalog owns the root; nothing was deleted.
         CatalogOutdatedError: the catalog is older than the root; nothing was deleted.
+        CorruptDocumentError: there are manifests or records of which nobody knows what they said; nothing was deleted.
+        CatalogDamagedError: the catalog is not what was published; nothing was dropped or deleted.
         UnavailableError, AccessDeniedError: what was deleted by then had lost its standing; run it again.
     """
     if not isinstance(grace, timedelta) or grace < timedelta(0):
@@ -136,6 +145,7 @@ def collect(
     tell = progress or (lambda *_: None)
     check_binding(objects, binding)
     check_current(objects, catalog, binding)
+    catalog.check_sound()
     if not dry_run:
         catalog.void_lapsed()
     tell("deciding", 0, None)
@@ -196,17 +206,13 @@ class _Sweep:
         self._fresh = self._catalog.unplaced_within(self._grace)
         # Manifests before layers: as long as there is a manifest, a catalog that is rebuilt from it believes in its
         # layers. What a manifest that stays refers to is left alone.
-        held, unclear = self._sweep_manifests(listing, expired)
-
-        def is_held(pair: tuple[str, str]) -> bool:
-            return pair in held or pair[1] in unclear
-
-        self._sweep_doomed({pair: version for pair, version in doomed.items() if not is_held(pair)}, listing)
-        leftovers = [pair for pair in unknown if not is_held(pair) and self._may_go(pair[1], listing.versions[pair])]
+        held = self._sweep_manifests(listing, expired)
+        self._sweep_doomed({pair: version for pair, version in doomed.items() if pair not in held}, listing)
+        leftovers = [pair for pair in unknown if pair not in held and self._may_go(pair[1], listing.versions[pair])]
         self._sweep_leftovers([listing.versions[pair] for pair in leftovers])
         self._sweep_leftovers([one for one in listing.replacements if self._old_enough(one)])
         if not self._dry_run:
-            present = {*listing.manifests, *(version_id for _, version_id in listing.versions)}
+            present = {*listing.manifests, *listing.records, *(version_id for _, version_id in listing.versions)}
             self._catalog.forget_withdrawn(present, self._grace)
 
     def _list(self) -> _Listing:
@@ -223,19 +229,13 @@ class _Sweep:
         self._now = clock.now()
         return listing
 
-    def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> tuple[set[tuple[str, str]], Set[str]]:
-        """Delete manifests of commits that are not published.
-
-        Returns:
-            The versions that those that stay need, and the ids of those that stay because nobody can tell what they
-            say: what was written under these ids may be all that is left of a commit.
-        """
+    def _sweep_manifests(self, listing: _Listing, expired: Set[str]) -> set[tuple[str, str]]:
+        """Delete manifests of commits that are not published; return the versions that those that stay need."""
         known = self._catalog.standings(listing.manifests, as_if_voided=self._dry_run)
         strange = sort_unheard(self._objects, [one for one in listing.manifests if one not in known], self._binding)
-        unclear = {one for one, standing in known.items() if standing == "unreadable"} | strange.unreadable
         dropped = {one for one, standing in known.items() if standing == "expired"} | expired
         withdrawn = {one for one, standing in known.items() if standing in ("voided", "abandoned", "unplaced")}
-        unpublished = (withdrawn | dropped | strange.foreign) - unclear
+        unpublished = withdrawn | dropped | strange.foreign
         going = [one for one in sorted(unpublished) if one in dropped or self._may_go(one, listing.manifests[one])]
         # Of expired commits it is the layers that are counted: a dry run could not tell what else will go.
         groups = [replace(listing.manifests[i], size_bytes=0) if i in dropped else listing.manifests[i] for i in going]
@@ -251,7 +251,7 @@ class _Sweep:
                 manifest = read_manifest(self._objects, commit_id)
                 needed = [*manifest.versions.values(), *manifest.bases.values()]
                 held |= {(layer_component(version.layer), version.version_id) for version in needed}
-        return held, unclear
+        return held
 
     def _sweep_doomed(self, doomed: dict[tuple[str, str], LayerVersion], listing: _Listing) -> None:
         pairs = list(doomed)

@@ -31,7 +31,6 @@ from tailorstore.domain.records import Binding
 from tailorstore.engine.currency import find_newer, in_words
 from tailorstore.engine.rebuild import History, read_history
 from tailorstore.storage.manifests import manifest_ids, read_binding, ref_record_ids, write_binding
-from tailorstore.storage.objects import printable_url
 from tailorstore.storage.transport import Objects
 
 logger = logging.getLogger("tailorstore")
@@ -55,6 +54,8 @@ class Opened:
     """Of such a catalog: what was in the root before it was read."""
     outdated: str | None = None
     """How far the catalog that was asked for, the owner of the root, is behind it; ``None``: it is not."""
+    fate: str | None = None
+    """What happened to the document that says who owns the root, as "is gone"; ``None``: it is there."""
 
     def close(self) -> None:
         """Close the catalog, and remove it if it was made for the occasion."""
@@ -138,8 +139,15 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
             msg = f"there is no store at {objects.url}; make one with open_store(...) or 'tailorstore init'"
             raise StoreNotFoundError(msg)
         return _create(objects, catalog_url)
-    catalog = _open_existing(catalog_url)
-    if catalog is not None:
+    try:
+        catalog = Catalog.open(catalog_url, create=False)
+    except StoreNotFoundError as error:
+        logger.warning(
+            "%s: reading the root %s from its manifests. If the catalog that owns the root is elsewhere, name it to"
+            " write; if it was lost, 'tailorstore rebuild' makes a new one",
+            *(str(error), objects.url),
+        )
+    else:
         store = catalog.store(binding.store_id)
         if store is not None and store.binding() == binding:
             if _is_at_home(store, objects, catalog_url):
@@ -159,13 +167,6 @@ def open_root(objects: Objects, catalog_url: str, *, create: bool) -> Opened:
         else:
             logger.warning("the root %s belongs to another catalog: reading it from its manifests", objects.url)
         catalog.close()
-    else:
-        logger.warning(
-            "there is no catalog at %s: reading the root %s from its manifests. If the catalog that owns the root is"
-            " elsewhere, name it to write; if it was lost, 'tailorstore rebuild' makes a new one",
-            printable_url(catalog_url),
-            objects.url,
-        )
     return open_copy(objects, binding)
 
 
@@ -231,13 +232,6 @@ def load_history(catalog: Catalog, binding: Binding, objects: Objects, history: 
     )
 
 
-def _open_existing(catalog_url: str) -> Catalog | None:
-    try:
-        return Catalog.open(catalog_url, create=False)
-    except StoreNotFoundError:
-        return None
-
-
 def _open_orphan(objects: Objects, fate: str) -> Opened | None:
     """Open a root whose ``tailorstore.json`` is gone or damaged: for reading, until a take-over writes a new one.
 
@@ -257,9 +251,8 @@ def _open_orphan(objects: Objects, fate: str) -> Opened | None:
     )
     # Most manifests are the store's own, whatever else was copied here.
     (store_id, _), *_ = Counter(binding.store_id for binding in bindings).most_common()
-    return open_copy(
-        objects, max((one for one in bindings if one.store_id == store_id), key=lambda binding: binding.epoch)
-    )
+    newest = max((one for one in bindings if one.store_id == store_id), key=lambda binding: binding.epoch)
+    return replace(open_copy(objects, newest), fate=fate)
 
 
 def _create(objects: Objects, catalog_url: str) -> Opened:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import HeadMovedError, RootTakenError, TailorError
 from tailorstore.domain.lines import LineRun
+from tailorstore.domain.names import ROOT_DOCUMENT
+from tailorstore.domain.proof import proof_of_versions
 from tailorstore.domain.records import (
     EXTRA_LAYER,
     Binding,
@@ -189,7 +191,12 @@ class Publisher:
             )
             write_manifest(self.objects, manifest)
             check_binding(self.objects, self.binding)
-            described = replace(draft, line=lines[0].line, created_at=composite.commit.created_at)
+            described = replace(
+                draft,
+                line=lines[0].line,
+                created_at=composite.commit.created_at,
+                proof=proof_of_versions(draft.id, draft.step, composite.versions.values()),
+            )
             commit = self.catalog.publish(described, [layer.version for layer in sealed.values()], measures)
         except BaseException:
             self.abandon()
@@ -217,7 +224,10 @@ class Publisher:
 
 def too_fast(branch: str, step: int) -> HeadMovedError:
     """Return the error for a branch that somebody else commits on all the time."""
-    msg = f"branch {branch!r} moves faster than step {step} can be announced; commit on your own branch"
+    msg = (
+        f"branch {branch!r} moves faster than step {step} can be announced: stop the other trainer, or open the store"
+        " with a branch of your own (branch=…)"
+    )
     return HeadMovedError(msg)
 
 
@@ -229,10 +239,15 @@ def check_binding(objects: Objects, binding: Binding) -> None:
     """
     found = read_binding(objects)
     if found != binding:
-        owner = f"catalog {found.catalog_id} (epoch {found.epoch})" if found else "no catalog"
+        if found is None:
+            msg = (
+                f"the {ROOT_DOCUMENT} of {objects.url} is gone, which says whose it is: nothing was published or"
+                " deleted. rebuild_catalog() ('tailorstore rebuild') makes a new one"
+            )
+            raise RootTakenError(msg)
         msg = (
-            f"the root {objects.url} belongs to {owner} now, not to this one ({binding.catalog_id}, epoch"
-            f" {binding.epoch}): nothing was published or deleted. Open it with that catalog, or take it back with"
-            " rebuild_catalog()"
+            f"the root {objects.url} belongs to catalog {found.catalog_id} (epoch {found.epoch}) now, not to this one"
+            f" ({binding.catalog_id}, epoch {binding.epoch}): nothing was published or deleted. Open it with that"
+            " catalog, or take it back with rebuild_catalog()"
         )
         raise RootTakenError(msg)

@@ -1,6 +1,6 @@
 """From the manifests in a root back to a catalog: what the documents amount to, and what of it can be read."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -36,11 +36,14 @@ class History:
     tags: Mapping[str, str]
     """Tag name → commit id."""
     withdrawn: Mapping[str, Standing]
-    """Ids of commits of which there is a manifest, and which are not among the published ones, to the reason."""
+    """Ids of commits of which there is a manifest, and which are not among the published ones, to the reason; and those
+    of records of tags and branches that could not be understood."""
     unreadable: tuple[str, ...]
     """Keys of documents that could not be understood."""
     quarantine: Mapping[tuple[str, str], str]
     """Layer component and version id of what is in quarantine, with what was found."""
+    dangling: tuple[str, ...] = ()
+    """Tags and branches that point to a commit that is not among the published ones."""
     incomplete: tuple[IncompleteCommit, ...] = ()
     """Of the published commits; see :func:`compare_with_layers`."""
     unclaimed: tuple[str, ...] = ()
@@ -62,6 +65,7 @@ class History:
             unplaced=self.unplaced,
             unclaimed=self.unclaimed,
             unreadable=self.unreadable,
+            dangling=self.dangling,
             incomplete=self.incomplete,
             written=written,
             epoch=epoch,
@@ -74,6 +78,7 @@ def read_history(
     store_id: str | None = None,
     more_manifests: Sequence[CommitManifest] = (),
     more_records: Sequence[RefRecord] = (),
+    heard: Collection[str] = (),
 ) -> History:
     """Read every manifest and every record of tags and branches, in parallel, and replay them.
 
@@ -83,6 +88,7 @@ def read_history(
             here. ``None``: of whichever there are.
         more_manifests: taken for as good as those there, and in place of those of the same commits.
         more_records: likewise.
+        heard: ids of records that cannot be understood, and of which the root's catalog knows what they said.
 
     Raises:
         UnavailableError, AccessDeniedError: the root cannot be read.
@@ -92,14 +98,14 @@ def read_history(
     manifests |= {one.commit.id: one for one in more_manifests}
     records |= {one.id: one for one in more_records}
     bad_manifests = tuple(one for one in bad_manifests if one not in manifests)
-    bad_records = {one: error for one, error in bad_records.items() if one not in records}
+    bad_records = {one: error for one, error in bad_records.items() if one not in {*records, *heard}}
     strange = {name for name, one in manifests.items() if store_id not in (None, one.binding.store_id)}
     # Of those that are given it is known that they were published.
     strange |= _swept(objects, manifests, records.values()) - {one.commit.id for one in more_manifests}
     replayed = replay([one for name, one in manifests.items() if name not in strange], list(records.values()))
     bad_manifests = (*bad_manifests, *replayed.contradictory)
     unplaced: dict[str, Standing] = dict.fromkeys([*replayed.unplaced, *strange], "unplaced")
-    unreadable: dict[str, Standing] = dict.fromkeys(bad_manifests, "unreadable")
+    unreadable: dict[str, Standing] = dict.fromkeys([*bad_manifests, *bad_records], "unreadable")
     return History(
         commits=replayed.commits,
         branches=replayed.branches,
@@ -107,6 +113,7 @@ def read_history(
         withdrawn=unplaced | unreadable,
         unreadable=tuple(sorted([*map(manifest_key, bad_manifests), *map(ref_record_key, bad_records)])),
         quarantine=read_quarantine(objects),
+        dangling=replayed.dangling,
     )
 
 

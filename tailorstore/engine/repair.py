@@ -6,8 +6,9 @@ not go into quarantine: to that version it is whole.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tailorstore.catalog.catalog import StoreCatalog
 from tailorstore.domain.errors import (
@@ -54,20 +55,43 @@ def repair(objects: Objects, catalog: StoreCatalog, binding: Binding, verificati
     damages = tuple(
         replace(damage, mended=True) if mender.mend(damage) else damage for damage in verification.damages()
     )
-    left: dict[Pair, list[Damage]] = defaultdict(list)
-    for damage in damages:
-        if damage.version_id is not None and not damage.mended and damage.key not in verification.too_new:
-            left[damage.layer, damage.version_id].append(damage)
+    left = _by_version(verification, (damage for damage in damages if not damage.mended))
     on_record = set(quarantine_records(objects))
     known = {*catalog.in_quarantine(), *(pair for pair in verification.versions if _place(pair) in on_record)}
     whole = sorted((verification.versions.keys() & known) - {pair_of_damage(one) for one in damages if not one.mended})
     # The record first, both ways: what a dying process leaves is found again by the catalog's word.
-    for pair, found in left.items():
-        write_quarantine(objects, *_place(pair), _told(found))
-    catalog.quarantine({pair: _told(found) for pair, found in left.items()})
+    _put_away(objects, catalog, left)
     objects.delete([quarantine_key(*_place(pair)) for pair in whole])
     catalog.lift(whole)
     return Repaired(damages, tuple(sorted(map(_prefix, left))), tuple(map(_prefix, whole)))
+
+
+def put_away(objects: Objects, catalog: StoreCatalog, binding: Binding, verification: Verification) -> None:
+    """Put the versions of which not all values can be read into quarantine; nothing is made again, nothing let out.
+
+    Raises:
+        RootTakenError: another catalog owns the root; nothing was changed.
+        UnavailableError, AccessDeniedError: some of it was done; do it again.
+    """
+    found = _by_version(verification, (damage for damage in verification.damages() if not damage.readable))
+    if found:
+        check_binding(objects, binding)
+        _put_away(objects, catalog, found)
+
+
+def _by_version(verification: Verification, damages: Iterable[Damage]) -> dict[Pair, list[Damage]]:
+    """Return the damages of versions by these, without what a newer version of tailorstore wrote."""
+    found: dict[Pair, list[Damage]] = defaultdict(list)
+    for damage in damages:
+        if damage.version_id is not None and damage.key not in verification.too_new:
+            found[damage.layer, damage.version_id].append(damage)
+    return found
+
+
+def _put_away(objects: Objects, catalog: StoreCatalog, damages: Mapping[Pair, Sequence[Damage]]) -> None:
+    for pair, found in damages.items():
+        write_quarantine(objects, *_place(pair), _told(found))
+    catalog.quarantine({pair: _told(found) for pair, found in damages.items()})
 
 
 def pair_of_damage(damage: Damage) -> Pair:
@@ -115,12 +139,20 @@ class _Mender:
 
     def mend(self, damage: Damage) -> bool:
         """Make a damaged object again; returns whether it now is exactly what it should be."""
-        if damage.key in self._verification.too_new:
+        # What stands by its own checksum is never written over: it may be the catalog that is wrong.
+        if damage.key in self._verification.too_new | self._verification.standing:
             return False
         if damage.version_id is None:
-            return write_manifest_again(self._objects, self._catalog, damage.commits[0])
-        version = self._verification.versions.get((damage.layer, damage.version_id))
-        return damage.readable and version is not None and self._mend_document(version, damage.key)
+            make = partial(write_manifest_again, self._objects, self._catalog, damage.commits[0])
+        else:
+            version = self._verification.versions.get((damage.layer, damage.version_id))
+            if version is None or not damage.readable:
+                return False
+            make = partial(self._mend_document, version, damage.key)
+        try:
+            return make()
+        except InvalidInputError:
+            return False  # a folder stands in its place, or a link on the way there
 
     def _mend_document(self, version: LayerVersion, key: str) -> bool:
         prefix = version_prefix(version.layer, version.version_id)
@@ -130,13 +162,7 @@ class _Mender:
             return False
         path = key.removeprefix(prefix)
         record = document.arrays.get(path.removesuffix(f"/{GROUP_DOCUMENT}"))
-        make: Callable[[], bytes] = (
-            (lambda: group_document({}, {})) if record is None else (lambda: array_document(record.spec))
-        )
-        try:
-            made = make()
-        except InvalidInputError:
-            return False
+        made = group_document({}, {}) if record is None else array_document(record.spec)
         # Another version of zarr-python may write it in another way.
         if chunk_digest(memoryview(made)) != document.documents[path]:
             return False

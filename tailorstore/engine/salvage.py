@@ -27,6 +27,9 @@ class Salvage:
     too_new: frozenset[str] = frozenset()
     """Keys under which lies what a newer version of tailorstore wrote: it stays there, whatever is said of it here."""
 
+    heard: frozenset[str] = frozenset()
+    """Ids of records that cannot be understood, and of which the catalog knows what they said."""
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of those that are to be written, sorted."""
@@ -46,8 +49,10 @@ def find_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
         catalog: its owner, which is as new as the root.
 
     Raises:
+        CatalogDamagedError: the catalog is not to be believed.
         UnavailableError, AccessDeniedError: root or catalog cannot be read.
     """
+    catalog.check_sound()
     before = catalog.whole_history()
     lost, too_new = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
     return _salvage(_manifests_of(catalog, lost), read_changes(objects, catalog, before), too_new)
@@ -63,8 +68,10 @@ def write_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
         catalog: its owner, which is as new as the root.
 
     Raises:
+        CatalogDamagedError: the catalog is not to be believed; nothing was written.
         UnavailableError, AccessDeniedError: root or catalog cannot be read or written; do it again.
     """
+    catalog.check_sound()
     before = catalog.whole_history()
     lost, too_new = _lost_manifests(objects, catalog, [one.commit.id for one in before.commits])
     kept = [one for one in lost if manifest_key(one) in too_new or write_manifest_again(objects, catalog, one)]
@@ -73,7 +80,8 @@ def write_salvage(objects: Objects, catalog: StoreCatalog) -> Salvage:
 
 
 def _salvage(manifests: tuple[CommitManifest, ...], changes: Changes, too_new: Set[str]) -> Salvage:
-    return Salvage(manifests, changes.missing, frozenset(too_new) | set(map(ref_record_key, changes.too_new)))
+    untouched = frozenset(too_new) | set(map(ref_record_key, changes.too_new))
+    return Salvage(manifests, changes.missing, untouched, frozenset(changes.unreadable.keys() - changes.never_read))
 
 
 def _manifests_of(catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[CommitManifest, ...]:
@@ -85,7 +93,11 @@ def _manifests_of(catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[Com
 
 
 def _lost_manifests(objects: Objects, catalog: StoreCatalog, commit_ids: Sequence[str]) -> tuple[list[str], Set[str]]:
-    """Return the commits whose manifests are gone, or do not say what the catalog does; and which keys are too new."""
+    """Return the commits whose manifests are gone or cannot be understood; and which keys are too new.
+
+    A manifest that stands counts for more than the catalog: it has a checksum of its own.
+    """
     verification = Verification(objects, catalog)
     verification.read((), commit_ids)
-    return [damage.commits[0] for damage in verification.damages()], verification.too_new
+    lost = (damage for damage in verification.damages() if damage.key not in verification.standing)
+    return [damage.commits[0] for damage in lost], verification.too_new

@@ -11,6 +11,7 @@ from tailorstore.domain.errors import (
     RootTakenError,
     StoreNotFoundError,
 )
+from tailorstore.domain.names import ROOT_DOCUMENT
 from tailorstore.domain.records import Binding
 from tailorstore.domain.reports import RebuildReport
 from tailorstore.engine.leases import LeaseKeeper
@@ -124,7 +125,7 @@ class Session:
 
         Raises:
             ClosedError: the store was closed.
-            RootTakenError: another catalog owns the root; the message says which.
+            RootTakenError: another catalog owns the root; the message says which. Or nothing says whose it is.
             CatalogOutdatedError: the catalog is older than the root.
         """
         self.check_open()
@@ -134,6 +135,12 @@ class Session:
                 f" {self._opened.outdated}. Bring it up to date with rebuild_catalog() ('tailorstore rebuild')"
             )
             raise CatalogOutdatedError(msg)
+        if self._opened.fate is not None:
+            msg = (
+                f"cannot {verb}: the {ROOT_DOCUMENT} of {self.objects.url} {self._opened.fate}, which says whose it is;"
+                " rebuild_catalog() ('tailorstore rebuild') makes a new one"
+            )
+            raise RootTakenError(msg)
         if not self._opened.owned:
             msg = (
                 f"cannot {verb}: the root {self.objects.url} belongs to catalog {self.binding.catalog_id} (epoch"
@@ -152,10 +159,12 @@ class Session:
         if self._opened.owned or fingerprint(self.objects) == self._opened.seen:
             return False
         copy = open_copy(self.objects, self._found_binding())
-        # The catalog that was asked for is as far behind as before, unless the root has another owner by now.
-        outdated = self._opened.outdated if copy.binding == self.binding else None
+        # The catalog that was asked for is as far behind as before, unless the root has another owner by now. So it is
+        # with a document that was gone: whoever wrote it anew owns the root.
+        if copy.binding == self.binding:
+            copy = replace(copy, outdated=self._opened.outdated, fate=self._opened.fate)
         self._leave()
-        self._use(replace(copy, outdated=outdated))
+        self._use(copy)
         return True
 
     def _found_binding(self) -> Binding:
@@ -183,7 +192,7 @@ class Session:
         owned = self.writable and found == self.binding
         if dry_run:
             kept = find_salvage(self.objects, self.catalog) if owned else Salvage()
-            history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
+            history = read_history(self.objects, found.store_id, kept.manifests, kept.records, kept.heard)
             return compare_with_layers(self.objects, history).report(found.epoch, kept.keys, dry_run=True)
         kept = write_salvage(self.objects, self.catalog) if owned else Salvage()
         catalog = make_catalog(self._catalog_url)
@@ -194,7 +203,7 @@ class Session:
             write_binding(self.objects, binding, replace=True)
             # Nothing is expired any more, and what was since it was written must not come back.
             kept = kept.without(self.catalog.unknown_commits(one.commit.id for one in kept.manifests))
-            history = read_history(self.objects, found.store_id, kept.manifests, kept.records)
+            history = read_history(self.objects, found.store_id, kept.manifests, kept.records, kept.heard)
             history = compare_with_layers(self.objects, history)
             store = load_history(catalog, binding, self.objects, history)
         except BaseException:

@@ -24,6 +24,7 @@ from tailorstore.engine.checkout import Checkpoint
 from tailorstore.engine.claims import check_out
 from tailorstore.engine.commit import Request
 from tailorstore.engine.commits import Commits
+from tailorstore.engine.currency import unread_documents
 from tailorstore.engine.diff import diff_composites
 from tailorstore.engine.gc import Progress, collect
 from tailorstore.engine.leases import LeaseKeeper
@@ -188,7 +189,10 @@ class Store:
         Args:
             ref: a step (``1200``), ``latest``, a branch, ``branch@step``, a tag, a commit id or its beginning.
             fallback: read all of it first, and where a layer is damaged take the newest commit that led to it and is
-                whole: ``Checkpoint.fallback_from`` tells. Of many ranks the coordinator reads, alone.
+                whole: ``Checkpoint.fallback_from`` tells. Of many ranks the coordinator reads, alone. What is damaged
+                goes into quarantine, where this process may write: the next commit writes it anew. The branch stays
+                where it is: to train on from what was found, ``branch("main", "main@70", move=True)``; until then
+                commits at steps up to its newest are refused.
             progress: of that reading.
 
         Raises:
@@ -318,7 +322,7 @@ class Store:
             progress: is told what is being done, how much is done and how much there is.
 
         Raises:
-            RootTakenError: another catalog owns the root; nothing was deleted.
+            RootTakenError, CorruptDocumentError: another owner, or nobody can tell what may go; nothing was deleted.
             UnavailableError, AccessDeniedError: run it again; nothing that has standing is ever deleted.
         """
         self._session.check_writable("collect garbage")
@@ -384,6 +388,10 @@ class Store:
         """Return the ids of commits that hold layers in quarantine, with the names of these layers."""
         self._refresh()
         return self._catalog.commits_in_quarantine()
+
+    def unread(self) -> tuple[str, ...]:
+        """Return the keys of documents in the root that could not be understood when the catalog was made from it."""
+        return unread_documents(self._objects, self._catalog)
 
     def rebuild_catalog(self, *, dry_run: bool = False) -> RebuildReport:
         """Take the root over: fill this store's catalog from the manifests in the root, which it owns from then on.

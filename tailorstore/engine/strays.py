@@ -93,8 +93,10 @@ def find_strays(
         version = live.get(place)
         if version is not None and (held != version.objects or pair_of(version) in damaged):
             found += _beside(objects, version)
-    awaiting = sum(held for place, held in listed.versions.items() if place not in unknown | live.keys())
-    awaiting += sum(standings.get(one) not in (None, "published") for one in listed.manifests)
+    # GC takes nothing that belongs to a manifest of which nobody knows what it said.
+    waiting = listed.versions.keys() - unknown - live.keys()
+    awaiting = sum(listed.versions[place] for place in waiting if standings.get(place[1]) != "unreadable")
+    awaiting += sum(standings.get(one) not in (None, "published", "unreadable") for one in listed.manifests)
     # What went meanwhile, by GC or a commit that gave up, is no more.
     kept = [Unknown(info.key, info.size) for info in found if objects.exists(info.key)]
     return tuple(sorted(kept, key=lambda one: one.key)), awaiting

@@ -17,6 +17,7 @@ from tailorstore.domain.errors import (
     CorruptDocumentError,
     DigestMismatchError,
     FormatTooNewError,
+    InvalidInputError,
     MissingObjectError,
     RefNotFoundError,
 )
@@ -85,6 +86,7 @@ class Verification:
         self._read: dict[Pair, LayerVersion] = {}
         self._damages: list[Damage] = []
         self._too_new: set[str] = set()
+        self._standing: set[str] = set()
         self._commits: dict[str, Commit] = {}
         self._done: list[LayerVersion] = []
         self._manifests: list[str] = []
@@ -101,6 +103,11 @@ class Verification:
     def too_new(self) -> Set[str]:
         """Keys of damages that are documents of a newer version of tailorstore. A repair leaves them alone."""
         return self._too_new
+
+    @property
+    def standing(self) -> Set[str]:
+        """Keys of damages that are manifests of this store and commit, with a checksum that holds."""
+        return self._standing
 
     def read(self, versions: Iterable[LayerVersion], commits: Iterable[str] = ()) -> None:
         """Read every object of layer versions and the manifests of commits, in parallel; what was read before is not.
@@ -199,8 +206,16 @@ class Verification:
         kind, what = "document", ""
         reason: Exception | None = None
         try:
-            differs = _difference(read_manifest(self._objects, commit_id), known)
-            if differs:
+            found = read_manifest(self._objects, commit_id)
+            differs = _difference(found, known)
+            if differs and _is_of(found, known):
+                with self._lock:
+                    self._standing.add(key)
+                what = (
+                    f"the manifest says otherwise than the catalog, and its checksum holds: {differs}; 'tailorstore"
+                    " rebuild' goes by the manifest"
+                )
+            elif differs:
                 what = f"the manifest is not the one of the catalog's commit: {differs}"
         except MissingObjectError as error:
             if not self._catalog.unknown_commits([commit_id]):
@@ -225,6 +240,11 @@ def manifest_of(catalog: StoreCatalog, commit_id: str) -> CommitManifest:
     composite = catalog.composite(commit_id)
     measures, lines = catalog.measures_of(commit_id), catalog.lines_to(commit_id)
     return CommitManifest(catalog.opened_as(), composite.commit, composite.versions, composite.bases, measures, lines)
+
+
+def _is_of(found: CommitManifest, known: CommitManifest) -> bool:
+    """Tell whether a manifest is of the same commit of the same store, whatever else it says."""
+    return found.commit.id == known.commit.id and found.binding.store_id == known.binding.store_id
 
 
 def _difference(found: CommitManifest, known: CommitManifest) -> str:
@@ -326,7 +346,10 @@ class _VersionCheck:
 
     def _size_of(self, key: str) -> int | None:
         folder = key.rpartition("/")[0] + "/"
-        return next((info.size for info in self._objects.list(folder) if info.key == key), None)
+        try:
+            return next((info.size for info in self._objects.list(folder) if info.key == key), None)
+        except InvalidInputError:
+            return None  # what should be a folder is a link or a file
 
     def _count(self, size_bytes: int) -> None:
         self._to.count(size_bytes)

@@ -114,6 +114,11 @@ def missing(root: str, key: str) -> MissingObjectError:
     return MissingObjectError(f"object {key} is missing in {root}; run 'tailorstore verify' to see what it belongs to")
 
 
+def no_object(root: str, key: str, what: str) -> MissingObjectError:
+    """Return the error for a key at which there is something, but no object."""
+    return MissingObjectError(f"object {key} in {root} {what}; run 'tailorstore verify' to see what it belongs to")
+
+
 def full(doing: str, root: str, reason: str) -> StorageFullError:
     """Return the error for a root that takes no more bytes."""
     return StorageFullError(

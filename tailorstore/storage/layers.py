@@ -38,6 +38,7 @@ from tailorstore.storage.parsing import (
     parse_object,
     text,
     whole_number,
+    why_not,
 )
 from tailorstore.storage.transport import Memory, Objects, flat_parts, get_exactly, joined, size_in_bytes
 
@@ -164,7 +165,8 @@ def read_chunk(
     if hasher.hexdigest() != record.digests[chunk.number]:
         msg = (
             f"{where()}: object {key} in {objects.url} is not what was written (its digest differs);"
-            " run 'tailorstore verify' to see what else is damaged, and restore an older step"
+            " run 'tailorstore verify' to see what else is damaged; checkout(…, fallback=True), or"
+            " 'tailorstore checkout --fallback', gives the newest step before it that is whole"
         )
         raise DigestMismatchError(msg)
 
@@ -305,7 +307,7 @@ def parse_document(raw: memoryview, key: str) -> LayerDocument:
             raise FormatTooNewError(msg)
         return document_from_json(described)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
-        msg = f"document {key} is not a layer version's document ({type(error).__name__}); run 'tailorstore verify'"
+        msg = f"document {key} is not a layer version's document: {why_not(error)}; run 'tailorstore verify'"
         raise CorruptDocumentError(msg) from error
 
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from secrets import token_hex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from tailorstore.domain.errors import InvalidInputError, MissingObjectError
 from tailorstore.storage import failures
 from tailorstore.storage.arrivals import not_arrived
 from tailorstore.storage.threads import map_in_threads
@@ -105,7 +106,7 @@ class LocalObjects:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            failures.raise_os_error(error, failures.READING, self.url, key)
+            self._raise_unread(error, key)
         return target[:filled]
 
     def read_into(self, key: str, target: Memory, observe: Observe | None = None, size: int | None = None) -> None:
@@ -123,15 +124,15 @@ class LocalObjects:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            failures.raise_os_error(error, failures.READING, self.url, key)
+            self._raise_unread(error, key)
         if filled < wanted:
             raise wrong_size(self.url, key, filled, expected)
 
     def replace(self, key: str, data: "Buffer", *, exclusive: bool = False) -> None:
         """Write beside the old file, make it durable, and rename; see :meth:`Objects.replace`."""
-        path = self._path(key)
-        beside = f"{path}.{token_hex(8)}.new"
         try:
+            path = self._path(key)
+            beside = f"{path}.{token_hex(8)}.new"
             self._write_new(beside, [flat_bytes(data)], None)
             try:
                 _fsync(beside)
@@ -170,6 +171,9 @@ class LocalObjects:
             except FileNotFoundError:
                 continue  # deleted meanwhile, or never there
             except OSError as error:
+                if error.errno == errno.ENOTDIR and not os.path.isdir(self._root):
+                    msg = f"the root {self.url} is a file, and must be a folder; choose another place for the store"
+                    raise InvalidInputError(msg) from error
                 failures.raise_os_error(error, "listing", self.url, directory)
             yield from found
 
@@ -253,6 +257,31 @@ class LocalObjects:
             if len(self._plain) >= _FOLDERS_KNOWN:
                 self._plain.clear()
             self._plain.add(one)
+
+    def _raise_unread(self, error: OSError, key: str) -> NoReturn:
+        """Raise what an error of reading means; where there is something that is no object, say what."""
+        translated = failures.from_os_error(error, failures.READING, self.url, key)
+        # The latter is what opening a socket ends with.
+        is_none = isinstance(translated, MissingObjectError) or error.errno == errno.ENXIO
+        what = self._what_stands_at(key) if is_none else None
+        raise (failures.no_object(self.url, key, what) if what else translated) from error
+
+    def _what_stands_at(self, key: str) -> str | None:
+        """Return what keeps a key from being an object; ``None`` where there is nothing."""
+        parts = key.split("/")
+        for length in range(1, len(parts) + 1):
+            above = "/".join(parts[:length])
+            try:
+                mode = os.lstat(self._base + above).st_mode
+            except OSError:
+                return None
+            if stat.S_ISLNK(mode):
+                return f"{'is' if above == key else 'lies behind'} a link, which is not followed"
+            if above == key and not stat.S_ISREG(mode):
+                return f"is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a plain file"
+            if above != key and not stat.S_ISDIR(mode):
+                return "lies below a file"
+        return None
 
     @staticmethod
     def _size(descriptor: int) -> int:

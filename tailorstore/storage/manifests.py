@@ -41,12 +41,14 @@ from tailorstore.storage.parsing import (
     BINDING_BYTES,
     MANIFEST_BYTES,
     RECORD_BYTES,
+    UnfitError,
     check_writable,
     number_or_none,
     optional_text,
     parse_object,
     text,
     whole_number,
+    why_not,
 )
 from tailorstore.storage.transport import Objects
 
@@ -220,7 +222,7 @@ def _read(objects: Objects, key: str, limit: int, build: Callable[[dict[str, Any
     except TailorError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
-        msg = f"document {key} in {objects.url} cannot be understood ({type(error).__name__})"
+        msg = f"document {key} in {objects.url} cannot be understood: {why_not(error)}"
         raise CorruptDocumentError(msg) from error
 
 
@@ -232,8 +234,8 @@ def _parse(raw: memoryview) -> dict[str, Any]:
 
 def _check_whole(raw: memoryview) -> None:
     if not is_whole(bytes(raw)):
-        msg = "checksum differs"
-        raise ValueError(msg)
+        msg = "its checksum differs"
+        raise UnfitError(msg)
 
 
 def _dump(described: dict[str, Any]) -> bytes:

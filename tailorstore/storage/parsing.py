@@ -26,6 +26,33 @@ LARGEST = 2**63 - 1
 """Greatest whole number that a catalog can hold."""
 
 
+class UnfitError(ValueError):
+    """A document is not fit to be read; says why as "it …"."""
+
+
+def why_not(error: Exception) -> str:
+    """Return why a document cannot be used, as a sentence about "it".
+
+    Args:
+        error: by which parsing, or building a record of what was parsed, ended.
+
+    Examples:
+        >>> why_not(KeyError("format")), why_not(ValueError("-1"))
+        ("it lacks 'format'", 'it holds a value that no such document has')
+    """
+    if isinstance(error, UnfitError):
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it holds bytes that are no text"
+    if isinstance(error, json.JSONDecodeError):
+        return "it is not JSON"
+    if isinstance(error, RecursionError):
+        return "it nests deeper than any"
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]!r}"
+    return "it holds a value that no such document has"
+
+
 def parse_object(raw: memoryview) -> dict[str, Any]:
     """Parse a document that is a JSON object, in memory of about a hundred bytes a value.
 
@@ -37,7 +64,8 @@ def parse_object(raw: memoryview) -> dict[str, Any]:
     _check_count(data)
     described = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     if not isinstance(described, dict):
-        raise TypeError(type(described).__name__)
+        msg = "it is not a JSON object"
+        raise UnfitError(msg)
     _check_depth(described)
     return described
 
@@ -93,19 +121,22 @@ def _count(data: bytes) -> int:
 
 def _check_count(data: bytes) -> None:
     if _count(data) > MOST_VALUES:
-        raise ValueError(MOST_VALUES)
+        msg = "it holds more values than any"
+        raise UnfitError(msg)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # Of a key that is there twice, parsers differ in which they take: what one checks, another would not use.
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(len(pairs))
+        msg = "it names a key twice"
+        raise UnfitError(msg)
     return found
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
+    msg = f"it holds {constant}, which is not JSON"
+    raise UnfitError(msg)
 
 
 def _finite(digits: str) -> float:
@@ -127,4 +158,5 @@ def _check_depth(described: dict[str, Any]) -> None:
         ]
         if not level:
             return
-    raise ValueError(MOST_LEVELS)
+    msg = "it nests deeper than any"
+    raise UnfitError(msg)

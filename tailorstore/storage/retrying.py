@@ -5,6 +5,7 @@ whose connection is reset and on a listing that breaks off, botocore on an answe
 repeated: objects are put under fresh keys, the same bytes each time, and what is deleted stays deleted.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ RETRY_SECONDS = 60.0
 outage is reported."""
 
 _LONGEST_PAUSE_SECONDS = 8.0
+_SILENT_SECONDS = 5.0
+"""How long an outage is waited for without a word."""
+
+logger = logging.getLogger("tailorstore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Retrying:
         """Take the objects to ask."""
         self._objects = objects
         self._patience = patience or Patience()
+        self._told_at: float | None = None
 
     def __repr__(self) -> str:
         """Name what is asked."""
@@ -134,6 +140,7 @@ class Retrying:
                         yield info
             except StorageUnavailableError as error:
                 tries.pause_after(error)
+                self._tell(tries)
             else:
                 return
 
@@ -161,6 +168,15 @@ class Retrying:
                 return call()
             except StorageUnavailableError as error:
                 tries.pause_after(error)
+                self._tell(tries)
+
+    def _tell(self, tries: "_Tries") -> None:
+        """Say that storage is waited for, once an outage: many calls meet the same one."""
+        now = time.monotonic()
+        if tries.spent() < _SILENT_SECONDS or (self._told_at is not None and now - self._told_at < RETRY_SECONDS):
+            return
+        self._told_at = now
+        logger.warning("waiting for the storage %s (up to %g s)", self.url, self._patience.seconds)
 
 
 class _Tries:
@@ -170,6 +186,10 @@ class _Tries:
         self._patience = patience
         self._started = time.monotonic()
         self._failed = 0
+
+    def spent(self) -> float:
+        """Return the seconds since the first attempt."""
+        return time.monotonic() - self._started
 
     def pause_after(self, error: StorageUnavailableError) -> None:
         """Wait a while before the next attempt.
@@ -181,7 +201,7 @@ class _Tries:
         longest = min(_LONGEST_PAUSE_SECONDS, self._patience.pause_seconds * 2 ** (self._failed - 1))
         # Drawn from all of it, so that many clients that failed together do not come back together.
         pause = random.uniform(0, longest)  # noqa: S311 - no secret
-        spent = time.monotonic() - self._started
+        spent = self.spent()
         if self._failed == self._patience.attempts or spent + pause > self._patience.seconds:
             msg = f"{error} [tried {self._failed} times in {spent:.0f} s]"
             raise StorageUnavailableError(msg) from error

@@ -1,6 +1,7 @@
 """Databases that refuse, break, lock or only let one read."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pwd
@@ -13,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import psycopg
@@ -21,10 +23,11 @@ from sqlalchemy import Connection, text
 
 from tailorstore.catalog import Catalog, StoreCatalog
 from tailorstore.catalog.database import Database
-from tailorstore.catalog.failures import translate
+from tailorstore.catalog.failures import translate, unreadable
 from tailorstore.catalog.urls import parse_url
 from tailorstore.domain.errors import (
     AccessDeniedError,
+    CatalogDamagedError,
     CatalogUnavailableError,
     MissingDependencyError,
     RootTakenError,
@@ -62,6 +65,53 @@ def test_a_server_that_is_not_there_is_unavailable(monkeypatch: pytest.MonkeyPat
     with pytest.raises(CatalogUnavailableError, match=str(port)) as refused:
         Catalog.open(url)
     assert "s3cr3t" not in shown(refused.value)
+
+
+def test_it_is_told_that_a_server_is_waited_for_that_lets_nobody_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database._SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0)
+    told = threading.Event()
+
+    def tell(_: object) -> bool:
+        told.set()
+        return True
+
+    caplog.handler.addFilter(tell)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        port = server.getsockname()[1]
+        opening = pool.submit(Catalog.open, f"postgresql://ts:s3cr3t@127.0.0.1:{port}/x")
+        # What it waits for comes only after it has said that it waits.
+        assert told.wait(30)
+        server.close()
+        with pytest.raises(CatalogUnavailableError):
+            opening.result(30)
+    (record,) = caplog.records
+    assert record.getMessage() == f"waiting for the catalog postgresql://ts:***@127.0.0.1:{port}/x (up to 0 s)"
+
+
+def test_bytes_that_are_no_text_are_told_without_python(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/c.sqlite"
+    Catalog.open(url).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None)) as connection:
+        connection.execute("UPDATE catalog SET catalog_id = CAST(x'ff' AS TEXT)")
+    with pytest.raises(CatalogDamagedError, match=r"is damaged: it holds bytes that are no text\. Restore it"):
+        Catalog.open(url, create=False)
+
+
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (lambda: b"\xff".decode(), "it holds bytes that are no text"),
+        (lambda: json.loads("{"), "it holds text that should be JSON and is not"),
+        (lambda: datetime.fromisoformat("x"), "it holds a value that cannot be understood"),
+    ],
+)
+def test_what_a_row_holds_instead_is_said_in_words(raw: Callable[[], object], what: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - only its kind counts
+        raw()
+    assert unreadable(caught.value) == what
 
 
 def test_a_secret_in_a_drivers_message_is_hidden_in_the_cause_too() -> None:

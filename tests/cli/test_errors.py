@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tailorstore.cli.errors import error_kind
 from tailorstore.cli.secrets import secrets_in
+from tailorstore.domain import errors
 from tests.cli.conftest import Run, refusal
 
 COMMAND = [sys.executable, "-m", "tailorstore.cli.main"]
@@ -45,6 +47,18 @@ def test_exit_codes_and_kinds(run: Run, args: tuple[str, ...], code: int, kind: 
     assert as_json.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "kind", [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.TailorError)]
+)
+def test_the_name_of_an_error_is_that_of_its_class_in_words(kind: type[errors.TailorError]) -> None:
+    words = error_kind(kind("")).split("_")
+    assert "".join(word.capitalize() for word in words) == kind.__name__.removesuffix("Error")
+
+
+def test_one_letter_is_a_word() -> None:
+    assert error_kind(errors.NotAStoreError("")) == "not_a_store"
+
+
 def test_no_store_says_how_to_name_one(run: Run) -> None:
     result = run("log", env={"TAILORSTORE_URL": ""})
     assert result.exit_code == 2
@@ -65,6 +79,15 @@ def test_unreachable_catalog_exits_with_6(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
     result = run("init", "--store", "memory://unreachable", "--catalog", "postgresql://u:hunter2@127.0.0.1:9/db")
     assert result.exit_code == 6
+    assert "hunter2" not in result.output
+
+
+def test_it_is_told_that_a_catalog_is_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailorstore.catalog.database._SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("tailorstore.catalog.database.OPENING_SECONDS", 0.5)
+    result = run("init", "--store", "memory://unreachable", "--catalog", "postgresql://u:hunter2@127.0.0.1:9/db")
+    assert result.stderr.count("Warning: waiting for the catalog postgresql") == 1
+    assert "(up to 0.5 s)" in result.stderr
     assert "hunter2" not in result.output
 
 

@@ -23,20 +23,20 @@ def damage_layer(root: Path, layer: str, ref: int | str = "latest") -> str:
 
 
 def test_verify_says_what_each_commit_loses_and_what_to_do(run: Run, root: Path) -> None:
-    damage_layer(root, "blocks.1", 50)
+    damage_layer(root, "blocks.0", 50)
     with ts.open_store(root) as store:
         remove(root / manifest_key(store.show(20).id))
     result = run("verify")
     assert result.exit_code == 5
     text = result.stdout
     assert "What commits lose" in text
-    assert "1 layer: blocks.1" in text
+    assert "1 layer: blocks.0" in text
     assert "its manifest: a rebuild of the catalog would not find it" in text
     assert "checkout latest --fallback" in text
     assert "verify --repair" in text
     document = json.loads(run("verify", "--json").stdout)
     assert {loss["step"]: loss["manifest"] for loss in document["losses"]}[20] is True
-    assert all(loss["layers"] in ([], ["blocks.1"]) for loss in document["losses"])
+    assert all(loss["layers"] in ([], ["blocks.0"]) for loss in document["losses"])
 
 
 def test_repair_says_what_it_made_again_and_what_is_in_quarantine(run: Run, root: Path) -> None:
@@ -59,6 +59,51 @@ def test_repair_says_what_it_made_again_and_what_is_in_quarantine(run: Run, root
     assert listed["quarantined"].keys() <= {commit["id"] for commit in listed["commits"]}
     marked_layers = [one["layer"] for one in answer(run("checkout", "--json"))["layers"] if one["quarantined"]]
     assert marked_layers == ["head"]
+
+
+def test_what_is_in_quarantine_is_said_to_be_there_and_advised_no_more(run: Run, root: Path) -> None:
+    prefix = damage_layer(root, "blocks.0", 50)
+    assert json.loads(run("verify", "--json").stdout)["quarantined"] == []
+    first = run("verify").stdout
+    assert "in quarantine" not in first
+    assert "puts damaged layers into quarantine" in first
+    assert "makes again what follows" not in first, "there is nothing of that kind"
+    assert "In quarantine: " + prefix in run("verify", "--repair").stdout
+    for args in (("verify",), ("verify", "latest"), ("scrub", "--fraction", "1")):
+        text = run(*args).stdout
+        assert "is not what was written (its digest differs) - in quarantine" in text
+        assert "that captures the layer writes it anew" in text
+        assert "verify --repair' puts" not in text
+        assert "checkout latest --fallback" in text
+        assert json.loads(run(*args, "--json").stdout)["quarantined"] == [prefix]
+
+
+def test_only_what_applies_is_advised(run: Run, root: Path) -> None:
+    with ts.open_store(root) as store:
+        remove(root / manifest_key(store.show(20).id))
+    text = run("verify").stdout
+    assert "'tailorstore verify --repair' makes again" in text
+    assert "quarantine" not in text
+    assert "--fallback" not in text, "no layer is lost"
+    run("verify", "--repair")
+    damage_layer(root, "head", 10)
+    with ts.open_store(root) as store:
+        newest = prefix_of(store, "head", 50)
+    flip(files_of(root, newest, "chunks")[0])
+    text = run("verify").stdout
+    assert "--fallback" not in text
+    assert "Every commit that led to the newest loses layers" in text
+
+
+def test_where_there_is_no_terminal_a_line_now_and_then_says_how_far_it_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("verify").stderr == ""
+    monkeypatch.setattr("tailorstore.cli.progress._LINE_SECONDS", 0)
+    result = run("verify", "--json")
+    assert "verifying versions 1/" in result.stderr
+    assert ", verifying bytes " in result.stderr.splitlines()[-1]
+    assert answer(result)["ok"]
 
 
 def test_a_store_without_quarantine_has_no_marks(run: Run) -> None:

@@ -12,7 +12,16 @@ from tailorstore.catalog.database import Database
 from tailorstore.catalog.schema import HEAD, migrate, read_revision
 from tailorstore.catalog.urls import parse_url
 from tailorstore.domain.errors import SchemaOutdatedError
-from tests.crash.content import NOW, check_composite, check_composites, check_whole, commit, slots, weights
+from tests.crash.content import (
+    NOW,
+    check_composite,
+    check_composites,
+    check_whole,
+    commit,
+    damages_of,
+    slots,
+    weights,
+)
 from tests.crash.fuse import Fuse
 from tests.crash.places import Place
 from tests.kit.audit import assert_root_is_exact, let_claims_lapse, refs
@@ -61,7 +70,7 @@ def check_rebuilt(place: Place, allowed: Sequence[list[int]]) -> None:
             store.rebuild_catalog()
         steps = check_composites(store)
         assert steps in allowed, f"rebuilt to {steps}"
-        assert store.verify().ok, store.verify().damages
+        assert not (damages := damages_of(store)), damages
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ def assert_same_history(simulated: Simulated, replayed: Replayed) -> None:
     assert dict(replayed.tags) == simulated.tags
     for name, tip in replayed.branches.items():
         assert log_of(replayed.commits, lines_at(replayed, tip)) == simulated.log(name), name
-    assert replayed.contradictory == ()
+    assert (replayed.contradictory, replayed.dangling) == ((), ())
 
 
 def live(chance: random.Random, *, swept: bool) -> tuple[Simulated, set[str]]:
@@ -292,7 +292,26 @@ def test_a_tag_of_a_commit_that_is_gone_is_gone() -> None:
     store.tag("v", first)
     store.commit("main")
     del store.manifests[first]
+    store.tag("w", None if "w" in store.tags else first)
+    store.tag("w", None)
     assert store.replayed().tags == {}
+    assert store.replayed().dangling == ("tag v",), "a tag that was removed is not missed"
+
+
+def test_a_branch_whose_last_line_is_gone_is_named_and_stands_where_it_stood_before() -> None:
+    store = Simulated()
+    first = store.commit("main")
+    second = store.commit("main")
+    store.point("side", first)
+    store.point("try", second)
+    store.point("side", second)
+    del store.manifests[second]
+    told = store.replayed()
+    assert told.dangling == ("branch side", "branch try")
+    assert told.branches.keys() == {"main", "side"}
+    assert told.branches["side"].commit == first
+    store.remove("side")
+    assert store.replayed().dangling == ("branch try",)
 
 
 def test_manifests_that_contradict_older_ones_about_a_line_are_told_apart() -> None:

@@ -24,6 +24,7 @@ import tailorstore as ts
 from tailorstore.domain.errors import (
     CatalogDamagedError,
     CatalogOutdatedError,
+    CorruptDocumentError,
     HeadMovedError,
     LeaseExpiredError,
     RootTakenError,
@@ -550,39 +551,78 @@ def test_commits_without_all_of_their_layers_come_back_and_are_listed(root: Root
         assert first.id not in {commit for damage in damages for commit in damage.commits}
 
 
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {
+        path: path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith("catalog.sqlite")
+    }
+
+
+def assert_gc_refuses(store: ts.Store, *keys: str) -> None:
+    """Fail unless GC, dry or not, names these keys, and neither drops nor deletes anything."""
+    before, log = files_of(Path(store.url.removeprefix("file://"))), store.log()
+    for dry_run in (True, False):
+        with pytest.raises(
+            CorruptDocumentError, match=rf"{', '.join(keys)}.*Nothing was deleted.*rebuild.*delete them"
+        ):
+            store.gc(ts.KeepLast(1), grace=NOW, dry_run=dry_run)
+    assert (files_of(Path(store.url.removeprefix("file://"))), store.log()) == (before, log)
+
+
 def test_what_a_manifest_that_cannot_be_read_may_stand_for_is_kept_until_it_is_deleted(tmp_path: Path) -> None:
     root = tmp_path / "root"
     with ts.open_store(root) as store:
-        store.commit(1, weights(1))
-        damaged = store.commit(2, weights(2))
+        lent = store.commit(1, weights(1))
+        damaged = store.commit(2, weights(2), mask=["a"])
+        store.tag("best", damaged)
         store.commit(3, weights(3))
     manifest = root / manifest_key(damaged.id)
-    manifest.write_bytes(manifest.read_bytes()[:-20])
-    mine = sorted((root / version_prefix("a", damaged.id)).rglob("*"))
-    assert mine
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-20])
+    layers = root / version_prefix("a", damaged.id)
     for left in root.glob("catalog.sqlite*"):
         left.unlink()
     with ts.open_store(root) as store:
-        report = store.rebuild_catalog()
-        assert report.unreadable == (manifest_key(damaged.id),)
-        assert (report.commits, [commit.step for commit in store.log()]) == (2, [3, 1])
-        for _ in range(2):
-            store.gc(grace=NOW)
-            assert sorted((root / version_prefix("a", damaged.id)).rglob("*")) == mine
-            assert manifest.exists()
+        found = store.rebuild_catalog(dry_run=True), store.rebuild_catalog()
+        assert [(one.unreadable, one.dangling) for one in found] == [((manifest_key(damaged.id),), ("tag best",))] * 2
+        assert (found[1].commits, [commit.step for commit in store.log()]) == (2, [3, 1])
+        # The policy would drop the commit whose layer the tagged one borrowed.
+        assert_gc_refuses(store, manifest_key(damaged.id))
+        assert (root / version_prefix("b", lent.id)).exists()
     with ts.open_store(root) as store:
         assert store.writable
-        # The person has seen it.
+        # As long as it is damaged verify says so, and no repair touches it.
+        for repair in (False, True):
+            report = store.verify(repair=repair)
+            assert [(one.kind, one.key, one.mended) for one in report.damages] == [
+                ("document", manifest_key(damaged.id), False)
+            ]
+            assert (report.ok, report.losses, report.unknown, report.awaiting_gc) == (False, (), (), 0)
+        # Somebody has a backup.
+        manifest.write_bytes(whole)
+        (damage,) = store.verify().damages
+        assert "tailorstore rebuild" in damage.detail
+        assert_gc_refuses(store, manifest_key(damaged.id))
+        again = store.rebuild_catalog()
+        assert (again.commits, again.tags, again.dangling, store.verify().ok) == (3, ("best",), (), True)
+        assert store.checkout("best").model_state_dict()["b.w"][0] == 1
+    manifest.write_bytes(whole[:-20])
+    for left in root.glob("catalog.sqlite*"):
+        left.unlink()
+    with ts.open_store(root) as store:
+        store.rebuild_catalog()
+        # Nobody has one.
         manifest.unlink()
-        assert store.gc(grace=NOW).leftovers_swept == 3
-        assert not (root / version_prefix("a", damaged.id)).exists()
+        assert store.gc(grace=NOW).leftovers_swept == 2
+        assert not layers.exists()
         store.gc(grace=NOW)
         assert store._catalog.standings([damaged.id]) == {}
         assert store.verify().ok
 
 
 def test_a_manifest_that_was_damaged_since_and_that_nobody_knows_keeps_its_layers_too(tmp_path: Path) -> None:
-    """One that a newer state of the catalog published, and that then was damaged: nothing tells by whom it was."""
+    """One that a newer state of the catalog published, and that then was damaged: nothing tells whose it was."""
     catalog, backup = tmp_path / "root" / "catalog.sqlite", tmp_path / "backup.db"
     with ts.open_store(tmp_path / "root") as store:
         store.commit(1, weights(1))
@@ -592,9 +632,34 @@ def test_a_manifest_that_was_damaged_since_and_that_nobody_knows_keeps_its_layer
     manifest = tmp_path / "root" / manifest_key(lost.id)
     manifest.write_bytes(b"{")
     with ts.open_store(tmp_path / "root") as store:
-        store.gc(grace=NOW)
-        assert manifest.exists()
-        assert (tmp_path / "root" / version_prefix("a", lost.id) / "zarr.json").exists()
+        assert_gc_refuses(store, manifest_key(lost.id))
+        report = store.verify()
+        assert [one.key for one in report.damages] == [manifest_key(lost.id)]
+        assert {one.key.partition("/")[0] for one in report.unknown} == {"layers"}, "nothing is told twice"
+        manifest.unlink()
+        assert store.gc(grace=NOW).leftovers_swept == 3
+
+
+def test_a_guest_names_manifests_that_cannot_be_read_and_says_so_of_an_empty_history(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with ts.open_store(root) as store:
+        commits = [store.commit(step, weights(step)) for step in (1, 2)]
+    keys = tuple(sorted(manifest_key(one.id) for one in commits))
+    for left in root.glob("catalog.sqlite*"):
+        left.unlink()
+    with ts.open_store(root) as guest:
+        assert (guest.unread(), guest.verify().damages) == ((), ())
+    (root / keys[1]).write_bytes(b"{")
+    with ts.open_store(root) as guest:
+        report = guest.verify()
+        assert (report.ok, tuple(one.key for one in report.damages), guest.unread()) == (False, keys[1:], keys[1:])
+    (root / keys[0]).write_bytes(b"{")
+    with ts.open_store(root) as guest:
+        assert guest.unread() == keys
+        with pytest.raises(
+            ts.NotFoundError, match="2 manifests could not be read, and 'tailorstore rebuild --dry-run'"
+        ):
+            guest.log()
 
 
 def test_damaged_records_are_listed_and_the_rest_comes_back(tmp_path: Path) -> None:
@@ -607,7 +672,69 @@ def test_damaged_records_are_listed_and_the_rest_comes_back(tmp_path: Path) -> N
     with ts.open_store(copy_root(tmp_path / "root", tmp_path / "copy")) as store:
         report = store.rebuild_catalog()
         assert report.unreadable == (f"refs/{records[0].name}",)
-        assert report.tags == ("two",)
+        assert (report.tags, report.dangling) == (("two",), ())
+
+
+def test_a_record_that_no_catalog_has_read_is_all_that_is_left_of_a_name_and_stays(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with ts.open_store(root) as store:
+        store.commit(1, weights(1))
+        tagged = store.commit(2, weights(2))
+        store.commit(3, weights(3))
+        store.tag("best", tagged)
+    (record,) = (root / "refs").iterdir()
+    whole, key = record.read_bytes(), f"refs/{record.name}"
+    record.write_bytes(whole[:-20])
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        store.rebuild_catalog()
+        assert store._catalog.standings([record.stem]) == {record.stem: "unreadable"}
+        for _ in range(2):
+            report = store.verify(repair=True)
+            assert [(one.key, one.mended) for one in report.damages] == [(key, False)]
+            assert "tailorstore tag" in report.damages[0].detail
+            assert record.read_bytes() == whole[:-20]
+            assert_gc_refuses(store, key)
+            # The owner's own rebuild forgets nothing of it.
+            assert store.rebuild_catalog().unreadable == (key,)
+        # Put back, it is not contradicted by a catalog that never read it.
+        record.write_bytes(whole)
+        assert [(one.key, one.mended) for one in store.verify(repair=True).damages] == [(key, False)]
+        assert_gc_refuses(store, key)
+        assert (store.rebuild_catalog().tags, list((root / "refs").iterdir())) == (("best",), [record])
+        assert store.gc(ts.KeepLast(1), grace=NOW).kept[tagged.id] == ("tag best",)
+        assert store.verify().ok
+    record.write_bytes(whole[:-20])
+    lose_catalog_and_age(root)
+    with ts.open_store(root) as store:
+        store.rebuild_catalog()
+        # Or the name is set again, and the file deleted; here the backup comes while gc is at it.
+        store.tag("best", tagged)
+        record.unlink()
+
+        def put_back(*_: object) -> None:
+            record.write_bytes(whole)
+
+        store.gc(grace=NOW, progress=put_back)
+        assert store._catalog.standings([record.stem]) == {record.stem: "unreadable"}
+        record.unlink()
+        assert store.gc(ts.KeepLast(1), grace=NOW).kept[tagged.id] == ("tag best",)
+        assert store.verify().ok
+        assert store._catalog.standings([record.stem]) == {}, "nothing is left of it"
+
+
+def test_a_guest_does_not_judge_records_that_the_owner_may_know(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with ts.open_store(root) as store:
+        store.commit(1, weights(1))
+        store.tag("best", 1)
+        (record,) = (root / "refs").iterdir()
+        record.write_bytes(b"{")
+        with ts.open_store(root, catalog=f"sqlite:///{tmp_path}/other.db") as guest:
+            (damage,) = guest.verify().damages
+            assert "delete" not in damage.detail
+        assert store.verify(repair=True).recorded == ("tag best",)
+        assert not record.exists()
 
 
 # --- A catalog made for the occasion ---------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_a_damaged_layer_is_marked_and_everybody_who_holds_it_says_so(
         with caplog.at_level(logging.WARNING), store.checkout() as found:
             assert found.quarantined == {"b": why}
             assert_same({"a.w": found.model["a.w"].load()}, {"a.w": weights(3)["a.w"]})
-            with pytest.raises(DigestMismatchError):
+            with pytest.raises(DigestMismatchError, match=r"'tailorstore checkout --fallback'"):
                 found.model["b.w"].load()
         (record,) = caplog.records
         assert "'b' of step 1 (flipped: layers/b/" in record.getMessage()

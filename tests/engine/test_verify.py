@@ -64,6 +64,37 @@ def test_each_kind_of_damage_is_told_from_the_others(
     assert report.losses == (Loss(commit.id, 1, "main", ("b",)),)
 
 
+def test_links_and_folders_in_the_place_of_objects_are_told_from_what_is_gone(root: Path, tmp_path: Path) -> None:
+    with fresh(root) as store:
+        commit = store.show(2)
+        keys = {}
+        for path, what in (
+            (root / manifest_key(commit.id), "is a link, which is not followed"),
+            (files_of(root, prefix_of(store, "a", 1), "group")[0], "is a link, which is not followed"),
+            (files_of(root, prefix_of(store, "a", 2), "chunks")[0], "is a folder, not a plain file"),
+            (files_of(root, prefix_of(store, "b", 1), "chunks")[0].parent, "lies behind a link, which is not followed"),
+        ):
+            below = [path] if path.is_file() else sorted(path.iterdir())
+            keys.update({str(one.relative_to(root)): what for one in below})
+            path.rename(tmp_path / path.name)
+            if "folder" in what:
+                path.mkdir()
+            else:
+                path.symlink_to(tmp_path / path.name)
+        report = store.verify()
+        assert {damage.key: damage.detail for damage in report.damages} == keys
+        assert {damage.kind for damage in report.damages} == {"missing"}
+        places = [prefix_of(store, "a", 1), prefix_of(store, "a", 2), prefix_of(store, "b", 1)]
+        (root / manifest_key(store.show(1).id)).unlink()
+        (root / manifest_key(store.show(1).id)).mkdir()
+        repaired = store.verify(repair=True)
+        assert repaired.quarantined == tuple(sorted(places))
+        assert [damage.key for damage in repaired.damages if damage.mended] == [manifest_key(commit.id)]
+        assert not (root / manifest_key(commit.id)).is_symlink()
+        assert (tmp_path / f"{commit.id}.json").exists(), "what a link leads to stays as it is"
+        assert store.commit(4, weights(4), mask=[]).layers_written == ("b",)
+
+
 def test_it_says_what_every_composite_loses(root: Path) -> None:
     with fresh(root) as store:
         one, two, three = (store.show(step) for step in (1, 2, 3))
@@ -98,7 +129,6 @@ def test_objects_that_nothing_explains_are_listed_and_are_no_damage(root: Path) 
             f"layers/gone/{stray}/zarr.json",
             f"layers/a/{stray}/a.w/c.0.0",
             "layers/a/readme",
-            f"commits/{stray}.json",
             "commits/readme",
             f"quarantine/a/{stray}.json",
             "refs/half",
@@ -217,7 +247,65 @@ def test_fallback_walks_to_the_newest_that_verifies_and_says_so(root: Path, capl
         assert store.stats().leases == 0
 
 
-def test_fallback_never_leaves_the_commits_that_led_there(root: Path) -> None:
+def test_what_a_fallback_finds_broken_is_written_anew_by_the_next_commit(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fresh(root) as store:
+        newest = prefix_of(store, "a", 3)
+        flip(files_of(root, newest, "chunks")[0])
+        remove(files_of(root, prefix_of(store, "b", 3), "documents")[0])
+        with caplog.at_level(logging.WARNING), store.checkout("latest", fallback=True) as found:
+            assert (found.step, found.quarantined) == (2, {})
+        (record,) = caplog.records
+        assert "store.branch('main', 'main@2', move=True)" in record.getMessage()
+        assert "'tailorstore branch main main@2 --move'" in record.getMessage()
+        assert "commits on 'main' at steps up to 3 are refused" in record.getMessage()
+        assert store.quarantined() == {store.show(3).id: ("a",)}, "not b, of which all values can be read"
+        assert store.verify().quarantined == (newest,), "whoever looks later is told"
+        with pytest.raises(ts.InvalidInputError, match="step 3"):
+            store.commit(3, weights(4))
+        commit = store.commit(4, weights(4), mask=["b"])
+        assert commit.layers_written == ("a", "b")
+        with store.checkout("latest", fallback=True) as found:
+            assert (found.step, found.fallback_from) == (4, None)
+            assert_same({"a.w": found.model["a.w"].load()}, {"a.w": weights(4)["a.w"]})
+
+
+def test_a_branch_that_is_moved_as_a_fallback_says_goes_on_from_there(root: Path) -> None:
+    with fresh(root) as store:
+        flip(files_of(root, prefix_of(store, "a", 3), "chunks")[0])
+        store.checkout("latest", fallback=True).close()
+        store.branch("main", "main@2", move=True)
+        assert store.commit(3, weights(7), mask=["b"]).layers_written == ("b",)
+        with store.checkout("latest", fallback=True) as found:
+            assert (found.fallback_from, found.sources) == (None, {"@extra": 3, "a": 2, "b": 3, "c": 1})
+
+
+def test_a_fallback_that_may_not_write_gives_the_same(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh(root) as store:
+        flip(files_of(root, prefix_of(store, "a", 3), "chunks")[0])
+    for catalog in (f"sqlite:///{root}/catalog.sqlite?mode=ro", f"sqlite:///{root}/elsewhere.sqlite"):
+        with ts.open_store(root, catalog=catalog, create=False) as reader:
+            caplog.clear()
+            assert reader.checkout("latest", fallback=True).step == 2
+            assert "move=True" not in caplog.text, "which this one may not do either"
+            assert reader.quarantined() == {}
+    assert not (root / "quarantine").exists()
+    with fresh(root) as store:
+
+        def refuse(*_: object) -> None:
+            msg = "access denied while replacing"
+            raise ts.AccessDeniedError(msg)
+
+        monkeypatch.setattr(type(store._objects), "replace", refuse)
+        assert store.checkout("latest", fallback=True).step == 2
+        assert "was not put into quarantine" in caplog.text
+        assert store.quarantined() == {}
+
+
+def test_fallback_never_leaves_the_commits_that_led_there(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A fork's commit goes back to those before the fork, not to what its parent branch did after."""
     with fresh(root) as store:
         store.branch("fork", 1)
@@ -227,6 +315,8 @@ def test_fallback_never_leaves_the_commits_that_led_there(root: Path) -> None:
         with fork.checkout("latest", fallback=True) as found:
             assert (found.step, found.commit.branch) == (1, "main")
             assert found.fallback_from == fork.show("fork@5")
+        assert "store.branch('fork', 'fork@1', move=True)" in caplog.text
+        assert fork.branch("fork", "fork@1", move=True) == found.commit
 
 
 def test_fallback_says_what_it_tried_where_none_verifies(root: Path) -> None:
@@ -238,6 +328,7 @@ def test_fallback_says_what_it_tried_where_none_verifies(root: Path) -> None:
             store.checkout("latest", fallback=True)
         assert "tailorstore verify" in str(caught.value)
         assert store.stats().leases == 0
+        assert set(store.quarantined().values()) == {("b",)}
         with pytest.raises(ts.NotFoundError):
             store.checkout(77, fallback=True)
 
@@ -278,6 +369,8 @@ def test_all_ranks_fall_back_to_the_same_commit(root: Path) -> None:
         flip(files_of(root, prefix_of(store, "a", 3), "chunks")[0])
         flip(files_of(root, prefix_of(store, "a", 2), "chunks")[0])
     assert run_ranks(_fall_back_together, 2, f"file://{root}") == [[1, 3], [1, 3]]
+    with fresh(root) as store:
+        assert store.quarantined() == {store.show(step).id: ("a",) for step in (2, 3)}
 
 
 # --- Whoever may only read

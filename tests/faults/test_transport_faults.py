@@ -186,13 +186,29 @@ def test_a_listing_that_breaks_off_shows_every_object_once(faulty: FaultyObjects
 
 def test_retries_end_and_say_how_often_it_was_tried(faulty: FaultyObjects) -> None:
     with faulty.faults(nth("error", times=None)) as injected:
-        with pytest.raises(StorageUnavailableError, match=r"no answer about 'a' \[tried 3 times in 0 s\]"):
+        with pytest.raises(StorageUnavailableError, match=r"no answer about 'a' \[tried 3 times in [01] s\]"):
             Retrying(faulty, Patience(attempts=3)).get("a")
         assert injected.total() == 3
         with pytest.raises(StorageUnavailableError, match="tried"):
             Retrying(faulty, Patience(seconds=0.3)).exists("a")
         with pytest.raises(StorageUnavailableError, match="tried"):
             list(Retrying(faulty, Patience(attempts=2)).list())
+
+
+def test_it_is_told_once_that_storage_is_waited_for(
+    faulty: FaultyObjects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects = Retrying(faulty, Patience(seconds=20, pause_seconds=0.01))
+    objects.put("a", b"x")
+    with faulty.faults(nth("error", times=2)):
+        objects.get("a")
+    assert caplog.records == [], "what passes at once is nobody's business"
+    monkeypatch.setattr("tailorstore.storage.retrying._SILENT_SECONDS", 0)
+    for call in (lambda: objects.get("a"), lambda: objects.exists("a"), lambda: list(objects.list())):
+        with faulty.faults(nth("error", times=2)):
+            call()
+    (record,) = caplog.records
+    assert record.getMessage() == f"waiting for the storage {objects.url} (up to 20 s)"
 
 
 @pytest.mark.parametrize("kind", ["full", "denied"])

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tailorstore.domain.errors import (
     AccessDeniedError,
     AlreadyExistsError,
     InvalidInputError,
+    MissingObjectError,
     StorageFullError,
     StorageUnavailableError,
     TailorError,
@@ -125,6 +127,12 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path, transport: str | None)
     assert (tmp_path / "root").read_text() == "a file"
 
 
+def test_listing_a_root_that_is_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("a file")
+    with pytest.raises(InvalidInputError, match=r"the root file://.*/root is a file, and must be a folder"):
+        list(LocalObjects(str(tmp_path / "root")).list("commits/"))
+
+
 def test_a_key_is_written_once(tmp_path: Path) -> None:
     objects = LocalObjects(str(tmp_path))
     objects.put("a/b", b"first")
@@ -208,6 +216,30 @@ def test_sockets_pipes_and_links_to_directories_are_no_objects(tmp_path: Path) -
     assert [info.key for info in objects.list()] == ["a/b"]
     assert not objects.exists("pipe")
     assert objects.exists("a/b")
+
+
+def test_what_stands_in_the_place_of_an_object_is_told(tmp_path: Path) -> None:
+    objects = LocalObjects(str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"bytes")
+    (tmp_path / "a" / "link").symlink_to("file")
+    (tmp_path / "b").symlink_to("a")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "a" / "socket"))
+    for key, what in {
+        "a/link": "is a link, which is not followed;",
+        "b/file": "lies behind a link, which is not followed;",
+        "a/pipe": "is a pipe or device, not a plain file;",
+        "a/socket": "is a pipe or device, not a plain file;",
+        "a": "is a folder, not a plain file;",
+        "a/file/below": "lies below a file;",
+        "a/none": "is missing in ",
+        "none/at/all": "is missing in ",
+    }.items():
+        for read in (objects.get, lambda key: objects.read_into(key, memoryview(bytearray(5)))):
+            with pytest.raises(MissingObjectError, match=f"object {key} .*{what}"):
+                read(key)
 
 
 def test_opening_makes_nothing(tmp_path: Path) -> None:

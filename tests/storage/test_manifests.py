@@ -25,6 +25,7 @@ from tailorstore.domain.records import (
     LayerVersion,
 )
 from tailorstore.storage.checksums import BLANK, CHECKSUM, sealed
+from tailorstore.storage.layers import parse_document
 from tailorstore.storage.local import LocalObjects
 from tailorstore.storage.manifests import read_manifest, write_manifest
 from tailorstore.storage.objects import Objects
@@ -147,6 +148,35 @@ def test_a_manifest_that_contradicts_itself_is_refused(local: LocalObjects, tmp_
     rewrite(tmp_path, change)
     with pytest.raises(CorruptDocumentError, match=MINE):
         read_manifest(local, MINE)
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"", "it is not JSON"),
+        (b"[1]", "it is not a JSON object"),
+        (b"{}", "it lacks 'format'"),
+        (b'{"format": 1}', "its checksum differs"),
+        (b'{"format": 1, "format": 1}', "it names a key twice"),
+        (b'{"format": NaN}', "it holds NaN, which is not JSON"),
+        (b'{"format": "\xff"}', "it holds bytes that are no text"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, "it nests deeper than any"),
+        (b'{"a":' * 100_000, "it nests deeper than any"),
+        (b'{"format": -1}', "it holds a value that no such document has"),
+    ],
+)
+def test_what_is_wrong_with_a_document_is_said_in_words(
+    local: LocalObjects, tmp_path: Path, raw: bytes, why: str
+) -> None:
+    path = tmp_path / manifest_key(MINE)
+    path.parent.mkdir()
+    path.write_bytes(raw)
+    with pytest.raises(CorruptDocumentError, match=f"cannot be understood: {why}$"):
+        read_manifest(local, MINE)
+    with pytest.raises(
+        CorruptDocumentError, match=f"is not a layer version's document: ({why}|it lacks 'attributes');"
+    ):
+        parse_document(memoryview(raw), "key")
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])

@@ -2,7 +2,7 @@
 
 import click
 
-from tailorstore.cli.commands.references import only_one, print_references
+from tailorstore.cli.commands.references import only_one, print_references, warn_of_unread
 from tailorstore.cli.output import print_json, print_line
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
@@ -42,7 +42,7 @@ def command(
                 print_json({"branch": name, "commit": commit})
             else:
                 print_line(f"Branch {name} stands at step {commit.step}, commit {commit.id}.")
-        elif settings.json:
-            print_json({"branches": store.branches()})
         else:
-            print_references(store.branches(), "branch")
+            listed = store.branches()
+            warn_of_unread(store)
+            print_json({"branches": listed}) if settings.json else print_references(listed, "branch")

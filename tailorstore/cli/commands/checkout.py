@@ -64,6 +64,9 @@ def command(
 
     A torch file holds model, optimizer and extra state; torch.load() reads it, with weights_only=True where the
     extra state is plain.
+
+    What --fallback finds damaged goes into quarantine where this catalog owns the root, so that the next commit writes
+    it anew. The branch stays where it is.
     """
     if path is None and (file_format or optim or overwrite):
         msg = "--format, --optim and --overwrite go with --to PATH"

@@ -83,6 +83,7 @@ def command(
     A commit is kept if any --keep option keeps it. The newest commit of every branch, tagged commits and those
     being read or built on are always kept. Without a --keep option every commit is kept, and only leftovers of
     crashed commits and what lost its standing before are swept. Safe beside trainers, and to stop at any time.
+    While there are manifests, or records of tags and branches, of which nobody knows what they said, it refuses.
     """
     policies: list[RetentionPolicy] = [*keep_best]
     if keep_last is not None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import click
 
+from tailorstore.cli.commands.references import warn_of_unread
 from tailorstore.cli.output import ID_SHOWN, Column, ago, metrics, print_json, print_note, print_table, share, size
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
@@ -69,6 +70,7 @@ def command(settings: Settings, limit: int | None) -> None:
     if limit is None:
         limit = 0 if settings.json else _ROWS
     with settings.open() as store:
+        warn_of_unread(store)
         commits = store.log(limit=limit + 1 if limit else None)
         shown = commits[:limit] if limit else commits
         held = store.quarantined()

@@ -1,10 +1,20 @@
 """``tailorstore rebuild``: take a root over."""
 
 import sys
+from contextlib import ExitStack
 
 import click
 
-from tailorstore.cli.output import ID_SHOWN, Column, count, print_json, print_line, print_note, print_table
+from tailorstore.cli.output import (
+    ID_SHOWN,
+    Column,
+    count,
+    print_json,
+    print_line,
+    print_note,
+    print_table,
+    without_warnings,
+)
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
 from tailorstore.domain.names import REFS_PREFIX
@@ -33,7 +43,9 @@ def command(settings: Settings, dry_run: bool, yes: bool) -> None:
     A catalog that owns the root already first writes there what the root has lost and it still knows. To rebuild from
     the root alone, move the catalog away.
     """
-    with settings.open() as store:
+    with ExitStack() as stack:
+        with without_warnings("'tailorstore rebuild'"):
+            store = stack.enter_context(settings.open())
         if not yes and not dry_run:
             if not sys.stdin.isatty():
                 msg = "rebuild takes the root away from the catalog that owns it: confirm with --yes"
@@ -78,11 +90,24 @@ def _print_rest(report: RebuildReport) -> None:
         rest = (
             "A branch or tag may stand elsewhere than it did, or be gone"
             if key.startswith(REFS_PREFIX)
-            else "gc leaves what was written under its id alone until it is deleted"
+            else "A branch may stand at an earlier step than it did"
         )
         print_line(f"Could not read {key}. {rest}.")
+    if report.unreadable:
+        print_line(
+            "gc deletes nothing until that is put back from a backup, and the catalog rebuilt again, or until it is"
+            " deleted."
+        )
+    if report.dangling:
+        print_line(
+            f"Cannot be found where they were, as the manifests of their commits are gone or could not be read:"
+            f" {', '.join(report.dangling)}."
+        )
     if report.incomplete:
-        print_line(f"{count(len(report.incomplete), 'commit')} lost layers; the others of theirs can be read:")
+        print_line(
+            f"{count(len(report.incomplete), 'commit')} lost layers, as listed. Chunks are not looked at: 'tailorstore"
+            " verify' reads them."
+        )
         rows = [
             (
                 str(one.step),

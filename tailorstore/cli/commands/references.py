@@ -1,11 +1,16 @@
 """What the commands ``tag`` and ``branch`` share."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from tailorstore.cli.output import ID_SHOWN, Column, ago, print_line, print_table
+from tailorstore.cli.output import ID_SHOWN, Column, ago, count, print_line, print_note, print_table
+from tailorstore.domain.names import REFS_PREFIX
 from tailorstore.domain.records import Reference
+
+if TYPE_CHECKING:
+    from tailorstore.engine.store import Store
 
 
 def only_one(name: str | None, listing: bool, delete: str | None) -> None:
@@ -13,6 +18,17 @@ def only_one(name: str | None, listing: bool, delete: str | None) -> None:
     if sum((name is not None, listing, delete is not None)) > 1:
         msg = "give NAME [REF], or --list, or --delete NAME: one of them"
         raise click.UsageError(msg)
+
+
+def warn_of_unread(store: "Store") -> None:
+    """Say on stderr if more was in the root than what is listed."""
+    unread = store.unread()
+    if not unread:
+        return
+    records = sum(key.startswith(REFS_PREFIX) for key in unread)
+    parts = [count(len(unread) - records, "manifest")] if len(unread) > records else []
+    parts += [f"{count(records, 'record')} of tags or branches"] if records else []
+    print_note(f"{' and '.join(parts)} could not be read: 'tailorstore rebuild --dry-run' lists them.")
 
 
 def print_references(references: Sequence[Reference], kind: str) -> None:

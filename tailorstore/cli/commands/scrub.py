@@ -6,7 +6,7 @@ from tailorstore.cli.progress import progress_bars
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
 from tailorstore.cli.values import Share
-from tailorstore.cli.verified import print_report
+from tailorstore.cli.verified import leads_back, print_report
 
 
 @make_command("scrub", examples=["tailorstore scrub --fraction 1/30", "tailorstore scrub --fraction 3% --json"])
@@ -17,6 +17,8 @@ def command(settings: Settings, fraction: float) -> None:
     The catalog remembers what was read: run once a day with 1/30, everything is read within 30 days, as long as less
     than that is written each day. Exits with 5 if it finds damage, as 'tailorstore verify' does.
     """
-    with settings.open() as store, progress_bars() as tell:
-        report = store.scrub(fraction, progress=tell)
-    print_report(settings, report)
+    with settings.open() as store:
+        with progress_bars() as tell:
+            report = store.scrub(fraction, progress=tell)
+        way_back = leads_back(store, report)
+    print_report(settings, report, way_back=way_back)

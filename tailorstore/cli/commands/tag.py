@@ -2,7 +2,7 @@
 
 import click
 
-from tailorstore.cli.commands.references import only_one, print_references
+from tailorstore.cli.commands.references import only_one, print_references, warn_of_unread
 from tailorstore.cli.output import print_json, print_line
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
@@ -29,7 +29,7 @@ def command(settings: Settings, name: str | None, ref: str | None, listing: bool
                 print_json({"tag": name, "commit": commit})
             else:
                 print_line(f"Tag {name} is step {commit.step} on {commit.branch}, commit {commit.id}.")
-        elif settings.json:
-            print_json({"tags": store.tags()})
         else:
-            print_references(store.tags(), "tag")
+            listed = store.tags()
+            warn_of_unread(store)
+            print_json({"tags": listed}) if settings.json else print_references(listed, "tag")

@@ -5,7 +5,7 @@ import click
 from tailorstore.cli.progress import progress_bars
 from tailorstore.cli.settings import Settings
 from tailorstore.cli.settings import command as make_command
-from tailorstore.cli.verified import print_report
+from tailorstore.cli.verified import leads_back, print_report
 
 
 @make_command(
@@ -33,6 +33,8 @@ def command(settings: Settings, ref: str | None, repair: bool) -> None:
     With --repair a damaged layer is never taken for unchanged again: the next commit writes it anew. Nothing is
     deleted, and no composite is changed.
     """
-    with settings.open() as store, progress_bars() as tell:
-        report = store.verify(ref, repair=repair, progress=tell)
-    print_report(settings, report, repaired=repair)
+    with settings.open() as store:
+        with progress_bars() as tell:
+            report = store.verify(ref, repair=repair, progress=tell)
+        way_back = leads_back(store, report)
+    print_report(settings, report, way_back=way_back, repaired=repair)

@@ -90,7 +90,8 @@ def source_of(
     if base is None or record is None or (record.spec.shape, record.spec.dtype) != (tensor.shape, tensor.dtype):
         msg = (
             f"layer {version.layer!r} of step {version.step}: tensor {path!r} is a difference to version"
-            f" {version.base_id}, which has no such tensor; run 'tailorstore verify', and restore an older step"
+            f" {version.base_id}, which has no such tensor; run 'tailorstore verify', or take an older step that is"
+            " whole by checkout(…, fallback=True), 'tailorstore checkout --fallback'"
         )
         raise CorruptDocumentError(msg)
     return LightSource(version, document, path, StoredArray(base[0], record))
