@@ -105,7 +105,7 @@ def write_manifest_again(objects: Objects, catalog: StoreCatalog, commit_id: str
         manifest = manifest_of(catalog, commit_id)
     except RefNotFoundError:
         return False  # expired since
-    write_manifest(objects, manifest, replace=True)
+    write_manifest(objects, manifest)
     if catalog.unknown_commits([commit_id]):
         # GC expired it and has deleted its manifest: a rebuild must not find it again.
         objects.delete([manifest_key(commit_id)])

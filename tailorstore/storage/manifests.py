@@ -103,10 +103,11 @@ def write_binding(objects: Objects, binding: Binding, *, replace: bool) -> None:
     objects.replace(ROOT_DOCUMENT, data, exclusive=not replace)
 
 
-def write_manifest(objects: Objects, manifest: CommitManifest, *, replace: bool = False) -> str:
+def write_manifest(objects: Objects, manifest: CommitManifest) -> str:
     """Write a commit's manifest, durably, and return its key. It is written before the commit is published.
 
-    ``replace`` puts it over one that is damaged.
+    At once as a whole, where the storage can: one that cannot be read then is damaged, and never the leftover of a
+    process that died. One that is there is replaced.
 
     Numbers among the measures that are not finite are written as unknown.
 
@@ -147,10 +148,7 @@ def write_manifest(objects: Objects, manifest: CommitManifest, *, replace: bool 
         "measures": {name: _measures_to_json(measured) for name, measured in manifest.measures.items()},
     }
     data = check_writable(_dump(described), MANIFEST_BYTES, f"the manifest of commit {commit.id}, step {commit.step},")
-    if replace:
-        objects.replace(key, data)
-    else:
-        objects.put(key, data)
+    objects.replace(key, data)
     objects.confirm({key: len(data)})
     return key
 

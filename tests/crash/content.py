@@ -7,7 +7,6 @@ import torch
 
 import tailorstore as ts
 from tailorstore.domain.errors import BranchNotFoundError
-from tailorstore.domain.records import Damage
 from tests.kit.audit import assert_root_is_exact, let_claims_lapse
 from tests.kit.models import assert_same
 
@@ -89,12 +88,6 @@ def check_composite(store: ts.Store, ref: str, *, alone: bool = False) -> None:
         assert state["param_groups"] == [{"params": ["a.w"], "lr": step / 3}]
         assert checkpoint.extra == {"at": step}
         assert checkpoint.metrics == {"loss": float(step)}
-
-
-def damages_of(store: ts.Store) -> list[Damage]:
-    """Return what verify finds, but for half a manifest: a crash may leave one, and without a catalog it is damage."""
-    half = store.unread()
-    return [one for one in store.verify().damages if one.key not in half]
 
 
 def check_whole(store: ts.Store) -> None:

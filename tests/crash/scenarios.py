@@ -12,16 +12,7 @@ from tailorstore.catalog.database import Database
 from tailorstore.catalog.schema import HEAD, migrate, read_revision
 from tailorstore.catalog.urls import parse_url
 from tailorstore.domain.errors import SchemaOutdatedError
-from tests.crash.content import (
-    NOW,
-    check_composite,
-    check_composites,
-    check_whole,
-    commit,
-    damages_of,
-    slots,
-    weights,
-)
+from tests.crash.content import NOW, check_composite, check_composites, check_whole, commit, slots, weights
 from tests.crash.fuse import Fuse
 from tests.crash.places import Place
 from tests.kit.audit import assert_root_is_exact, let_claims_lapse, refs
@@ -70,7 +61,7 @@ def check_rebuilt(place: Place, allowed: Sequence[list[int]]) -> None:
             store.rebuild_catalog()
         steps = check_composites(store)
         assert steps in allowed, f"rebuilt to {steps}"
-        assert not (damages := damages_of(store)), damages
+        assert store.verify().ok, store.verify().damages
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +329,7 @@ class Upgrading:
             assert refs(store) == {"branch main": 30, "tag kept": 20}
             assert check_composites(store) == [30, 20, 10]
             # Manifests say more of lines than the older catalog knew: those of its time did not.
-            store.verify(repair=True)
+            store.rebuild_catalog()
             check_whole(store)
 
 

@@ -276,7 +276,7 @@ def test_verify_compares_every_field_of_a_commit(root: Path, field: str, value: 
             value = commit.created_at + value
         changed = replace(commit, **{field: value})
         document = root / "commits" / f"{commit.id}.json"
-        write_manifest(store._objects, replace(manifest, commit=changed), replace=True)
+        write_manifest(store._objects, replace(manifest, commit=changed))
         written = document.read_bytes()
         (damage,) = store.verify("latest").damages
         assert f"its checksum holds: {field};" in damage.detail
@@ -295,7 +295,7 @@ def test_verify_compares_lines_and_whose_store_it_is(root: Path) -> None:
             (replace(manifest, lines=(other,)), "lines"),
             (replace(manifest, binding=foreign), "store"),
         ):
-            write_manifest(store._objects, changed, replace=True)
+            write_manifest(store._objects, changed)
             (damage,) = store.verify("latest").damages
             assert re.search(rf"commit: {what}$|its checksum holds: {what};", damage.detail)
 

@@ -173,9 +173,9 @@ def test_an_expired_commit_gets_no_manifest_back(root: Path, monkeypatch: pytest
         remove(root / manifest_key(gone.id))
         dropped: list[ts.Commit] = []
 
-        def write_late(objects: Any, manifest: CommitManifest, **how: bool) -> str:
+        def write_late(objects: Any, manifest: CommitManifest) -> str:
             dropped.extend(store._catalog.expire([gone.id]).commits)
-            return write_manifest(objects, manifest, **how)
+            return write_manifest(objects, manifest)
 
         monkeypatch.setattr("tailorstore.engine.repair.write_manifest", write_late)
         store.verify(repair=True)

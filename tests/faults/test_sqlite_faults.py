@@ -231,7 +231,7 @@ def test_noise_in_the_file_is_told_by_no_other_error(root: Path, tmp_path: Path)
         else:
             outcomes["answered"] += 1
         for beside in tmp_path.glob("flipped.db*"):
-            beside.unlink()
+            beside.unlink(missing_ok=True)
     assert outcomes["CatalogDamagedError"] > 5, outcomes
     with ts.open_store(root) as store:
         check_all(store, [3, 2, 1])
