@@ -57,7 +57,7 @@ def assert_covered(report: dict[str, Any], calls: set[str], points: int) -> None
 
 @pytest.mark.slow
 def test_killed_while_it_commits() -> None:
-    reports = kill_at(commit=("calls", 4), first_commit=5, commit_behind=9, full_commit=19, partial_commit=17)
+    reports = kill_at(commit=("changes", 2), first_commit=5, commit_behind=9, full_commit=19, partial_commit=17)
     assert_covered(reports["commit"], {*WRITES, *SQL, "INSERT", "DELETE", "UPDATE", "makedirs", "get"}, 65)
     assert_covered(reports["first commit"], {"open", "write", "SELECT"}, 14)
     assert_covered(reports["commit behind"], {"open"}, 7)
@@ -82,7 +82,7 @@ def test_killed_while_it_collects_bases_or_restores() -> None:
 
 @pytest.mark.slow
 def test_killed_while_it_collects_names_or_repairs() -> None:
-    reports = kill_at(gc=(3, 4), names=3, repair=17)
+    reports = kill_at(gc=(4, 2), names=4, repair=17)
     assert_covered(reports["gc"], {"unlink"}, 25)
     assert_covered(reports["names"], set(), 20)
     assert_covered(reports["repair"], set(), 8)
@@ -100,7 +100,7 @@ def test_killed_while_it_makes_a_store_upgrades_one_or_takes_one_over() -> None:
 
 @pytest.mark.slow
 def test_killed_while_sqlite_writes() -> None:
-    reports = kill_at(at_writes=True, commit=(3, 2), gc=9, names=9, take_over=11, upgrade=11, opening=17)
+    reports = kill_at(at_writes=True, commit=(3, 2), gc=9, names=11, take_over=11, upgrade=11, opening=17)
     assert_covered(reports["commit"], {"pwrite64 .sqlite-wal", "pwrite64 .sqlite"}, 15)
     assert_covered(reports["gc"], set(), 4)
     assert_covered(reports["opening"], set(), 8)
@@ -119,6 +119,6 @@ def test_killed_on_postgres(postgres_server: PostgresServer) -> None:
 @pytest.mark.slow
 def test_killed_between_requests_to_s3(s3_server: S3Server) -> None:
     servers = {"bucket": s3_server.bucket, "storage_options": s3_server.storage_options()}
-    reports = kill_at(servers, commit=(9, 1), gc=13)
+    reports = kill_at(servers, commit=(11, 1), gc=15)
     assert_covered(reports["commit"], set(), 9)
     assert_covered(reports["gc"], set(), 5)

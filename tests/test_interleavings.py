@@ -53,7 +53,7 @@ from tests.soak.interleave import (
 )
 from tests.soak.scenarios import NOW, SCENARIOS, Actor, collect, commit, in_turn, take_over
 
-BY_CHANCE = 3 * len(SCENARIOS)
+BY_CHANCE = 2 * len(SCENARIOS)
 SHORT = ("branch move|branch move", "tag|untag")
 
 
@@ -279,7 +279,7 @@ def test_a_commit_that_was_swept_while_it_stood_still_is_not_taken_for_the_newes
     }
     alone = perform(scene.set_up(), actors, by_list(()))
     calls = [call for who, call in alone.calls if who == "commit"]
-    manifest = next(at for at, call in enumerate(calls) if call.startswith("put commits/"))
+    manifest = next(at for at, call in enumerate(calls) if call.startswith("replace commits/"))
     world = scene.set_up()
     told = perform(world, actors, by_list([("commit", manifest), ("swap", 1_000_000)]))
     assert isinstance(told.errors["commit"], RootTakenError)
